@@ -1,0 +1,215 @@
+"""The command line: parses, calls the library, prints. A mistake in what was given exits with 2 and one message."""
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+
+app = typer.Typer(
+    help="Foundation models and report generation for chest X-rays.",
+    epilog="Research use only; not a medical device.",
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+SpecArgument = Annotated[str, typer.Argument(help="a packaged spec's name or a YAML file", metavar="SPEC")]
+Settings = Annotated[
+    Optional[list[str]], typer.Argument(help="settings in place of the spec's, as key=value", metavar="[KEY=VALUE]...")
+]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="no progress bars")]
+
+
+@app.command()
+def fit(
+    spec: SpecArgument,
+    settings: Settings = None,
+    fresh: Annotated[bool, typer.Option(help="delete the run folder and begin anew")] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Fit a spec; goes on by itself where an interrupted fit stopped.
+
+    Example: medxray fit r2gencsr-phantom encoder.name=vmamba training.steps=200
+    """
+    with _mistakes():
+        import medxray
+
+        pipeline = medxray.build(spec, settings).fit(fresh=fresh, progress=not quiet)
+        if _is_main():
+            _print(f"fitted: {pipeline.folder}")
+
+
+@app.command()
+def evaluate(
+    run: Annotated[str, typer.Argument(help="a run folder, or the spec that was fitted", metavar="RUN")],
+    settings: Settings = None,
+    split: Annotated[Optional[str], typer.Option(help="train, val or test")] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Score a fitted run beside its floors; writes scores.json, predictions.parquet and report.html.
+
+    Example: medxray evaluate runs/r2gencsr-phantom --split val
+    """
+    with _mistakes():
+        pipeline = _open(run, settings)
+        scores = pipeline.evaluate(split, progress=not quiet)
+        _print(str(scores))
+        _print(f"report: {pipeline.folder / 'report.html'}")
+
+
+@app.command()
+def predict(
+    run: Annotated[str, typer.Argument(help="a run folder, or the spec that was fitted", metavar="RUN")],
+    files: Annotated[list[Path], typer.Argument(help="DICOM, PNG, JPEG or TIFF files")],
+    study: Annotated[bool, typer.Option("--study", help="the files are views of one study, frontal first")] = False,
+    json_lines: Annotated[bool, typer.Option("--json", help="one JSON object a study")] = False,
+) -> None:
+    """Write the report, probabilities or error of each file.
+
+    Example: medxray predict runs/r2gencsr-phantom --study frontal.dcm lateral.dcm
+    """
+    with _mistakes():
+        import dataclasses
+        import json
+
+        pipeline = _open(run, None)
+        found = [pipeline.predict(tuple(files))] if study else pipeline.predict(list(files))
+        for prediction in found:
+            _print(json.dumps(dataclasses.asdict(prediction)) if json_lines else f"{prediction.study_id}: {prediction}")
+
+
+@app.command()
+def show(spec: SpecArgument, settings: Settings = None) -> None:
+    """Print the resolved spec with its parameters, tokens and memory; no data are needed."""
+    with _mistakes():
+        import medxray
+        from medxray.spec import Spec
+        from medxray.summary import summarise
+
+        _print(Spec.read(spec, settings).to_yaml())
+        for name, value in summarise(medxray.build(spec, settings)).items():
+            _print(f"{name + ':':<34} {value}")
+
+
+@app.command("list")
+def list_parts(
+    kind: Annotated[Optional[str], typer.Argument(help="a section of a spec, such as encoder, or specs")] = None,
+    name: Annotated[Optional[str], typer.Argument(help="one part")] = None,
+) -> None:
+    """List registered parts with their settings, and the packaged specs.
+
+    Example: medxray list encoder vit
+    """
+    with _mistakes():
+        from medxray.registry import SECTIONS, nearest, registry_of
+        from medxray.spec import describe_settings, packaged
+        from medxray.types import SpecError
+
+        if kind is not None:
+            kind = {"encoders": "encoder", "readers": "reader", "maskers": "masker", "metric": "metrics"}.get(
+                kind, kind.removesuffix("s") if kind.removesuffix("s") in SECTIONS else kind
+            )
+        if kind is not None and kind not in (*SECTIONS, "specs", "spec"):
+            raise SpecError(f"no registry {kind!r}{nearest(kind, SECTIONS)} (found: {', '.join(SECTIONS)}, specs)")
+        if kind in (None, "specs", "spec"):
+            _print("specs")
+            for spec in packaged():
+                _print(f"  {spec}")
+        for section in SECTIONS if kind is None else [kind] if kind in SECTIONS else []:
+            registry = registry_of(section)
+            _print(section)
+            for part in [name] if name else registry.names():
+                model = registry.settings_of(part)
+                _print(f"  {part}: {model.__doc__}")
+                if kind is not None and section != "task":
+                    for key, kind_of, default, text in describe_settings(model):
+                        _print(f"    {key} ({kind_of}, {default}){': ' + text if text else ''}")
+
+
+@app.command()
+def schema(out: Annotated[Optional[Path], typer.Option(help="write to a file")] = None) -> None:
+    """Print the JSON Schema of a spec, for editors.
+
+    A YAML file that begins with `# yaml-language-server: $schema=medxray.schema.json` is then completed and checked.
+    """
+    with _mistakes():
+        import json
+
+        from medxray.spec import Spec
+
+        text = json.dumps(Spec.schema_for_editors(), indent=1)
+        if out is None:
+            _print(text)
+        else:
+            out.write_text(text + "\n", encoding="utf-8")
+
+
+@app.command()
+def demo(
+    folder: Annotated[Path, typer.Option(help="where data and runs go")] = Path("runs/demo"),
+    quiet: Quiet = False,
+) -> None:
+    """Everything in small: make phantom X-rays, pre-train, fit R2GenCSR, evaluate, predict."""
+    with _mistakes():
+        from medxray.demo import run
+
+        run(folder, progress=not quiet, say=_print)
+
+
+@app.command()
+def doctor() -> None:
+    """Print what is installed, what is missing, and which scan and attention back-ends run here."""
+    with _mistakes():
+        from medxray.summary import diagnose
+
+        for line in diagnose():
+            _print(line)
+
+
+def _open(run: str, settings: list[str] | None) -> Any:
+    """A run folder's pipeline; or that of a spec whose run folder holds a finished fit."""
+    import medxray
+    from medxray.types import RunError
+
+    if (Path(run) / "spec.yaml").is_file() or Path(run).is_dir():
+        if settings:
+            raise RunError(f"{run} is a run folder, which has its settings; leave out {settings[0]!r}, or name the spec")
+        return medxray.load(run)
+    return medxray.build(run, settings)
+
+
+def _is_main() -> bool:
+    import os
+
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def _print(text: str) -> None:
+    typer.echo(text)
+
+
+@contextlib.contextmanager
+def _mistakes() -> Iterator[None]:
+    """One clear message and exit code 2 for a user's mistake."""
+    from medxray.types import MedxrayError
+
+    try:
+        yield
+    except MedxrayError as error:
+        typer.echo(f"medxray: {error}", err=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        typer.echo("medxray: interrupted; run the same command again to go on", err=True)
+        sys.exit(130)
+
+
+def main() -> None:
+    """Entry point of the `medxray` command."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

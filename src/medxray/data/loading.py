@@ -1,0 +1,290 @@
+"""Studies -> normalised tensors, and batches of them."""
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from medxray.data.images import read_image, to_image
+from medxray.data.seeds import seed_of
+from medxray.data.transforms import Box, cut, height_width, normalise, random_crop_box, resize
+from medxray.types import Batch, DataError, Features, ImageError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from medxray.spec import DataSpec
+
+CACHE_BYTES = 2**30
+
+
+@dataclass
+class Sample:
+    """One study as a model sees it.
+
+    Attributes:
+        pixels: (v, C, h, w) float32, normalised; v views.
+        report: cleaned; "" at prediction.
+        labels: (K,) float32 with NaN where missing.
+        study_id: its name.
+        patient_id: "" where unknown.
+        seed: all randomness of the sample follows from it.
+        features: of a frozen encoder, tokens (v, N, D) and pooled (v, D), where they are known already.
+    """
+
+    pixels: Tensor
+    report: str
+    labels: Tensor
+    study_id: str
+    patient_id: str
+    seed: int
+    features: Features | None = None
+
+
+class StudyImages(torch.utils.data.Dataset[Sample]):
+    """The studies of a split, ready for a model.
+
+    Args:
+        studies: rows of `medxray.types.Study`.
+        root: folder of their images.
+        spec: the data block of a spec.
+        channels: C of the encoder; gray is repeated.
+        mean, std: the encoder's normalisation, one number or C.
+        labels: names, in the order of the label vector.
+        seed: of the whole run.
+        train: draws random crops, anew each epoch.
+        max_views: V; views beyond it are not read.
+    """
+
+    def __init__(
+        self,
+        studies: "Dataset",
+        root: str | Path,
+        spec: "DataSpec",
+        *,
+        channels: int,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        labels: list[str],
+        seed: int,
+        train: bool,
+        max_views: int,
+    ) -> None:
+        self.root = Path(root)
+        self.spec = spec
+        self.channels, self.mean, self.std = channels, mean, std
+        self.max_views = max_views
+        self.seed = seed
+        self.train = train
+        self.crops = train and spec.crop < 1
+        # Arrow rows are slow to take apart one by one.
+        self.study_ids = list(studies["study_id"])
+        self.patient_ids = list(studies["patient_id"])
+        self.reports = list(studies["report"])
+        self.images = [list(images)[:max_views] for images in studies["images"]]
+        self.views = [list(views)[:max_views] for views in studies["views"]]
+        self.features: Features | None = None
+        self.labels = torch.tensor(
+            [[_number(row[label]) for label in labels] for row in studies["labels"]], dtype=torch.float32
+        ).view(len(self.study_ids), len(labels))
+        self.label_names = list(labels)
+        self._cache: dict[str, Tensor] = {}
+        # Each loading process keeps its own.
+        self._room = CACHE_BYTES // max(1, spec.workers) if spec.cache_images else 0
+
+    def __len__(self) -> int:
+        return len(self.study_ids)
+
+    def __getitem__(self, key: int | tuple[int, int]) -> Sample:
+        """One study by its row, or by (epoch, row): each epoch has other crops and seeds.
+
+        Raises:
+            ImageError: a file that cannot be read.
+        """
+        epoch, index = key if isinstance(key, tuple) else (0, key)
+        name = self.study_ids[index]
+        seed = seed_of(self.seed, epoch, index) if self.train else seed_of(self.seed, name)
+        box = random_crop_box(seed, self.spec.crop) if self.crops else None
+        features = None
+        if self.features is not None:
+            views = len(self.images[index])
+            features = Features(
+                self.features.tokens[index, :views], self.features.grid, self.features.pooled[index, :views]
+            )
+        return Sample(
+            # Where features are known, pixels are never looked at: none are read.
+            pixels=torch.stack([self._view(image, box) for image in self.images[index]])
+            if features is None
+            else torch.zeros(len(self.images[index]), self.channels, 1, 1),
+            report=self.reports[index],
+            labels=self.labels[index],
+            study_id=name,
+            patient_id=self.patient_ids[index],
+            seed=seed,
+            features=features,
+        )
+
+    def still(self, rows: Sequence[int] | None = None) -> "StudyImages":
+        """The same studies, or some of their rows, as they are read at prediction: no crops, constant seeds."""
+        part = copy.copy(self)
+        part.train = part.crops = False
+        # Images kept for crops are of another size.
+        part._cache = {} if self.crops else self._cache
+        if rows is not None:
+            for name in ("study_ids", "patient_ids", "reports", "images", "views"):
+                setattr(part, name, [getattr(self, name)[row] for row in rows])
+            part.labels = self.labels[list(rows)]
+            if self.features is not None:
+                tokens, pooled = (t[list(rows)] for t in (self.features.tokens, self.features.pooled))
+                part.features = Features(tokens, self.features.grid, pooled)
+        return part
+
+    def batches(self, size: int) -> Iterator[Batch]:
+        """All studies in order, `size` at a time."""
+        for start in range(0, len(self), size):
+            yield self.collate([self[i] for i in range(start, min(start + size, len(self)))])
+
+    def picture(self, row: int, view: int) -> NDArray[np.float32]:
+        """A study's view as a picture (h, w) in [0, 1]."""
+        path = self.root / self.images[row][view]
+        return resize(read_image(path, max_pixels=self.spec.max_pixels), self.spec.image_size, self.spec.fit)[
+            0
+        ].numpy()
+
+    def thumbnails(self, side: int = 32) -> NDArray[np.float32]:
+        """Each study's first view as raw pixels (n, side * side), brightness and contrast made equal."""
+        small = []
+        for images in self.images:
+            pixels = read_image(self.root / images[0], max_pixels=self.spec.max_pixels)
+            small.append(resize(pixels, side, "stretch").flatten())
+        stack = torch.stack(small)
+        stack = stack - stack.mean(1, keepdim=True)
+        return (stack / stack.std(1, keepdim=True).clamp(min=1e-6)).numpy()
+
+    def label_array(self, names: Sequence[str]) -> NDArray[np.float32]:
+        """(n, K) with 1, 0, -1 uncertain and NaN missing."""
+        return self.labels[:, [self.label_names.index(name) for name in names]].numpy()
+
+    def collate(self, samples: Sequence[Sample]) -> Batch:
+        """Samples -> a batch of the data set's constant shape."""
+        return collate(samples, self.max_views)
+
+    def _view(self, image: str, box: Box | None) -> Tensor:
+        """(C, h, w); kept in memory before the crop if there is one, else after the change of size."""
+        pixels = self._cache.get(image)
+        if pixels is None:
+            pixels = torch.from_numpy(read_image(self.root / image, max_pixels=self.spec.max_pixels))
+            if not self.crops:
+                pixels = resize(pixels, self.spec.image_size, self.spec.fit)
+            if pixels.nbytes <= self._room:
+                self._room -= pixels.nbytes
+                self._cache[image] = pixels
+        if box is not None:
+            pixels = resize(cut(pixels, box), self.spec.image_size, self.spec.fit)
+        return normalise(pixels, self.channels, self.mean, self.std)
+
+
+def collate(samples: Sequence[Sample], max_views: int) -> Batch:
+    """Samples -> a batch of `max_views` views; views that a study lacks are zeros, False in `view_mask`."""
+    first = samples[0].pixels
+    pixels = first.new_zeros(len(samples), max_views, *first.shape[1:])
+    view_mask = torch.zeros(len(samples), max_views, dtype=torch.bool)
+    for i, sample in enumerate(samples):
+        views = min(len(sample.pixels), max_views)
+        pixels[i, :views] = sample.pixels[:views]
+        view_mask[i, :views] = True
+    features = None
+    if samples[0].features is not None:
+        known = [sample.features for sample in samples if sample.features is not None]
+        tokens = known[0].tokens.new_zeros(len(known), max_views, *known[0].tokens.shape[1:])
+        pooled = known[0].pooled.new_zeros(len(known), max_views, known[0].pooled.shape[-1])
+        for i, one in enumerate(known):
+            tokens[i, : len(one.tokens)] = one.tokens
+            pooled[i, : len(one.pooled)] = one.pooled
+        features = Features(tokens, known[0].grid, pooled)
+    return Batch(
+        pixels=pixels,
+        view_mask=view_mask,
+        reports=[sample.report for sample in samples],
+        labels=torch.stack([sample.labels for sample in samples]),
+        study_ids=[sample.study_id for sample in samples],
+        patient_ids=[sample.patient_id for sample in samples],
+        seeds=torch.tensor([sample.seed for sample in samples], dtype=torch.int64),
+        features=features,
+    )
+
+
+def study_from(
+    value: Any,
+    spec: "DataSpec",
+    *,
+    channels: int,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    labels: Sequence[str] = (),
+    seed: int = 0,
+    max_views: int = 1,
+    name: str = "",
+) -> Sample:
+    """What `predict` is given for one study -> a sample without report and labels.
+
+    Args:
+        value: a path, array, tensor or PIL image; a list or tuple of those, the views of one study, frontal
+            first; or a mapping with "images" and, if wanted, "study_id" and "patient_id".
+        spec: the data block of the pipeline's spec.
+        channels, mean, std: as the encoder declares.
+        labels: names of labels, all missing here.
+        seed: of the run.
+        max_views: V of the pipeline; more views are left out, as in training.
+        name: the study's name where `value` has none; its first file's stem if empty.
+
+    Raises:
+        ImageError: an image that cannot be read, or something that is no image.
+        DataError: no image, or a mapping without "images".
+    """
+    patient = ""
+    if isinstance(value, Mapping):
+        if "images" not in value:
+            raise DataError(
+                f"a study given as a mapping needs 'images'; found {', '.join(map(str, value)) or 'nothing'}"
+            )
+        name, patient = str(value.get("study_id", name)), str(value.get("patient_id", ""))
+        value = value["images"]
+    images = list(value) if isinstance(value, (list, tuple)) else [value]
+    if not images:
+        raise DataError("a study without images; expected a file, array or PIL image, or a list of them")
+    if not name:
+        name = Path(images[0]).stem if isinstance(images[0], (str, Path)) else "study"
+    views = []
+    for image in images[:max_views]:
+        pixels = resize(_pixels(image, spec.max_pixels), height_width(spec.image_size), spec.fit)
+        views.append(normalise(pixels, channels, mean, std))
+    return Sample(
+        pixels=torch.stack(views),
+        report="",
+        labels=torch.full((len(labels),), torch.nan),
+        study_id=name,
+        patient_id=patient,
+        seed=seed_of(seed, name),
+    )
+
+
+def _pixels(image: Any, max_pixels: int) -> NDArray[np.float32]:
+    if isinstance(image, (str, Path)):
+        return read_image(image, max_pixels=max_pixels)
+    if isinstance(image, (list, tuple, Mapping)):
+        raise ImageError(
+            f"expected a path, array, tensor or PIL image as a view, found {type(image).__name__}; "
+            "a study is one list of images"
+        )
+    return to_image(image, max_pixels=max_pixels)
+
+
+def _number(label: int | None) -> float:
+    return float("nan") if label is None else float(label)

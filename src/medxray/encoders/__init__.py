@@ -1,0 +1,89 @@
+"""Images -> Features. The base class, its registry, and what every encoder declares."""
+
+from abc import ABC, abstractmethod
+
+from pydantic import Field
+from torch import Tensor, nn
+
+from medxray.registry import Registry, Settings
+from medxray.types import Features
+
+
+class Encoder(nn.Module, ABC):
+    """Turns images into tokens. Settings are typed keyword arguments of `__init__`.
+
+    Attributes:
+        width: D, the width of its tokens and pooled vector.
+        stride: pixels of an image side that one token stands for.
+        channels: C that `forward` expects.
+        mean, std: normalisation of pixels in [0, 1] that its weights were trained with, one number a channel
+            or one for all.
+    """
+
+    width: int
+    stride: int
+    channels: int = 1
+    mean: tuple[float, ...] = (0.5,)
+    std: tuple[float, ...] = (0.5,)
+
+    @abstractmethod
+    def forward(self, images: Tensor) -> Features:
+        """images (B, C, H, W) -> Features with tokens (B, N, D), grid and pooled (B, D)."""
+
+
+class MaskableEncoder(Encoder):
+    """An encoder that can encode only some of its tokens, as masked auto-encoding needs.
+
+    Attributes:
+        overlapping: True where `embed` lets a token see its neighbours' pixels: masked patches are then blanked
+            in the image before it is embedded.
+    """
+
+    overlapping: bool = False
+
+    @abstractmethod
+    def embed(self, images: Tensor) -> Tensor:
+        """images (B, C, H, W) -> tokens (B, N, D) with their positions added, row by row, no class token."""
+
+    @abstractmethod
+    def encode(self, tokens: Tensor) -> Tensor:
+        """Any subset of embedded tokens (B, n, D) -> (B, 1 + n, D): class token first, normalised last."""
+
+    @abstractmethod
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        """(h, w) of the tokens of an image of height x width pixels."""
+
+
+class EncoderSettings(Settings):
+    """What a spec may say of any encoder beside its own settings."""
+
+    weights: str | None = Field(
+        None, description="a run folder of medxray, a checkpoint file, or a name that the encoder knows"
+    )
+    trainable: bool = Field(True, description="False freezes it; its features are then computed once and cached")
+
+
+ENCODERS: Registry[Encoder] = Registry(
+    "encoder",
+    Encoder,
+    {
+        "vit": "medxray.encoders.vit:ViT",
+        "vmamba": "medxray.encoders.vmamba:VMamba",
+        "timm": "medxray.encoders.timm:TimmEncoder",
+        "transformers": "medxray.encoders.transformers:TransformersEncoder",
+        "module": "medxray.encoders.adapt:GivenEncoder",
+    },
+    group="medxray.encoders",
+    settings=EncoderSettings,
+)
+register, get, names = ENCODERS.register, ENCODERS.get, ENCODERS.names
+
+
+def freeze(module: nn.Module) -> nn.Module:
+    """Stops gradients to every parameter of a module and sets it to evaluation."""
+    for parameter in module.parameters():
+        parameter.requires_grad_(False)
+    return module.eval()
+
+
+__all__ = ["ENCODERS", "Encoder", "EncoderSettings", "MaskableEncoder", "freeze", "get", "names", "register"]

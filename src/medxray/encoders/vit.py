@@ -1,0 +1,142 @@
+"""The Vision Transformer of MAE and timm, with fixed 2-D sin-cos positions for any grid."""
+
+import itertools
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from medxray.encoders import MaskableEncoder
+from medxray.layers import Block, initialise, sincos_positions
+from medxray.types import Features, SpecError
+
+SIZES: dict[str, tuple[int, int, int]] = {
+    "tiny": (192, 12, 3),
+    "small": (384, 12, 6),
+    "base": (768, 12, 12),
+    "large": (1024, 24, 16),
+    "huge": (1280, 32, 16),
+}
+"""name -> width, depth, heads."""
+
+
+class PatchEmbed(nn.Module):
+    """One convolution whose stride is the patch."""
+
+    def __init__(self, channels: int, width: int, patch: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(channels, width, patch, patch)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """images (B, C, H, W) -> tokens (B, N, D), row by row."""
+        tokens: Tensor = self.proj(images).flatten(2).transpose(1, 2)
+        return tokens
+
+
+class ConvolutionStem(nn.Module):
+    """3 x 3 convolutions that halve the map until a cell is a patch, with a second one at each width but the first
+    (after Xiao et al., "Early Convolutions Help Transformers See Better", NeurIPS 2021)."""
+
+    def __init__(self, channels: int, width: int, patch: int) -> None:
+        super().__init__()
+        halvings = patch.bit_length() - 1
+        if 2**halvings != patch or patch < 2:
+            raise ValueError(f"stem: convolutions needs a patch that is a power of two, found {patch}")
+        widths = [channels, *(max(8, width >> (halvings - 1 - i)) for i in range(halvings))]
+        layers: list[nn.Module] = []
+        for i, (before, after) in enumerate(itertools.pairwise(widths)):
+            for narrow, stride in ((before, 2), (after, 1)) if i else ((before, 2),):
+                layers += [
+                    nn.Conv2d(narrow, after, 3, stride, 1, bias=False), nn.BatchNorm2d(after), nn.ReLU(inplace=True)
+                ]  # fmt: skip
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """images (B, C, H, W) -> tokens (B, N, D), row by row."""
+        tokens: Tensor = self.layers(images).flatten(2).transpose(1, 2)
+        return tokens
+
+
+class ViT(MaskableEncoder):
+    """Vision Transformer with a class token; keys as MAE's and timm's, so that their weights load.
+
+    Pooled is the mean of the patch tokens.
+
+    Args:
+        size: tiny, small, base, large or huge; explicit numbers stand in place of its own.
+        width: D; 192 where no size is given.
+        depth: number of blocks; 6 where no size is given.
+        heads: attention heads; 3 where no size is given.
+        patch: pixels a side of a token.
+        stem: how pixels become tokens: linear as in ViT, or convolutions, which learn from far fewer images;
+            blocks then start as the identity.
+        channels: C of the images.
+        mlp_ratio: hidden width of the MLP over D.
+        drop_path: share of samples that skip the last block's branches while training; rises with depth.
+        gradient_checkpointing: recompute activations to save memory.
+    """
+
+    def __init__(
+        self,
+        size: Literal["tiny", "small", "base", "large", "huge"] | None = None,
+        width: Annotated[int, Field(gt=0)] | None = None,
+        depth: Annotated[int, Field(gt=0)] | None = None,
+        heads: Annotated[int, Field(gt=0)] | None = None,
+        patch: Annotated[int, Field(gt=0)] = 16,
+        stem: Literal["linear", "convolutions"] = "linear",
+        channels: Annotated[int, Field(gt=0)] = 1,
+        mlp_ratio: Annotated[float, Field(gt=0)] = 4.0,
+        drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.0,
+        gradient_checkpointing: bool = False,
+    ) -> None:
+        super().__init__()
+        base = SIZES[size] if size else (192, 6, 3)
+        width, depth, heads = (given or own for given, own in zip((width, depth, heads), base, strict=True))
+        if width % heads or width % 4:
+            raise ValueError(f"width must be divisible by heads and by 4, found width {width} and heads {heads}")
+        self.width, self.stride, self.channels = width, patch, channels
+        self.gradient_checkpointing = gradient_checkpointing
+        self.overlapping = stem == "convolutions"
+        if not self.overlapping:
+            self.patch_embed: nn.Module = PatchEmbed(channels, width, patch)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
+        rates = torch.linspace(0, drop_path, depth, device="cpu").tolist()
+        self.blocks = nn.ModuleList(Block(width, heads, mlp_ratio, rate) for rate in rates)
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+        initialise(self)
+        nn.init.normal_(self.cls_token, std=0.02)
+        if self.overlapping:
+            # Keeps torch's initial values: with xavier's, which are larger, batch norm makes its steps too small.
+            self.patch_embed = ConvolutionStem(channels, width, patch)
+            for name, parameter in self.blocks.named_parameters():
+                if name.endswith(("attn.proj.weight", "mlp.fc2.weight")):
+                    nn.init.zeros_(parameter)
+
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        if height % self.stride or width % self.stride:
+            raise SpecError(
+                f"data.image_size: {height} x {width} is not a multiple of encoder.patch {self.stride}; "
+                f"take {round(height / self.stride) * self.stride or self.stride} x "
+                f"{round(width / self.stride) * self.stride or self.stride}, or another patch"
+            )
+        return height // self.stride, width // self.stride
+
+    def embed(self, images: Tensor) -> Tensor:
+        h, w = self.grid(images.shape[2], images.shape[3])
+        tokens: Tensor = self.patch_embed(images)
+        return tokens + sincos_positions(self.width, h, w, tokens.device).to(tokens.dtype)
+
+    def encode(self, tokens: Tensor) -> Tensor:
+        # The class token's position is zero.
+        x = torch.cat([self.cls_token.expand(tokens.shape[0], -1, -1).to(tokens.dtype), tokens], dim=1)
+        for block in self.blocks:
+            recompute = self.gradient_checkpointing and self.training
+            x = checkpoint(block, x, use_reentrant=False) if recompute else block(x)
+        out: Tensor = self.norm(x)
+        return out
+
+    def forward(self, images: Tensor) -> Features:
+        tokens = self.encode(self.embed(images))[:, 1:]
+        return Features(tokens, self.grid(images.shape[2], images.shape[3]), tokens.mean(1))

@@ -1,0 +1,499 @@
+"""One spec, fitted, judged and used: fit, evaluate, predict, save, load. Knows tasks only by their base class."""
+
+import json
+import os
+import platform
+import shutil
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from medxray.data import Studies, StudyImages, collate, load_studies, study_from
+from medxray.encoders import Encoder
+from medxray.encoders.adapt import as_encoder
+from medxray.encoders.frozen import compute_once
+from medxray.metrics import METRICS, Metric
+from medxray.metrics.intervals import score_all
+from medxray.spec import Overrides, Spec
+from medxray.tasks import TASKS, Task
+from medxray.training import fit, load_trained, save_trained
+from medxray.types import Batch, Prediction, RunError, Scores
+from medxray.visual.report_page import report_page
+
+CARDS = 24
+FILES = ("task.json", "references.json", "environment.json")
+
+
+def build(
+    spec: str | Path | Mapping[str, Any] | Spec,
+    overrides: Overrides | None = None,
+    *,
+    encoder: nn.Module | None = None,
+) -> "Pipeline":
+    """A pipeline from a packaged spec's name, a YAML file, a mapping or a Spec.
+
+    Args:
+        spec: what to build; checked whole before any weight or image is touched.
+        overrides: a nested mapping, or strings such as "encoder.name=vit".
+        encoder: a module to take in place of the spec's encoder: an `Encoder`, or any module whose output is a
+            map (B, D, h, w), tokens (B, N, D), one vector (B, D) or `Features`.
+
+    Raises:
+        SpecError: with a line for each mistake.
+    """
+    if encoder is None:
+        return Pipeline(Spec.read(spec, overrides))
+    read = Spec.read(spec, overrides)
+    replaced = {**read.to_dict(), "encoder": {"name": "module"}}
+    return Pipeline(Spec.read(replaced), encoder)
+
+
+def load(folder: str | Path, *, encoder: nn.Module | None = None) -> "Pipeline":
+    """A fitted pipeline from a run folder or from what `Pipeline.save` wrote.
+
+    Raises:
+        RunError: no such folder, or a fit that has not finished.
+        WeightsError: tensors that do not fit.
+    """
+    folder = Path(folder)
+    for name in ("spec.yaml", "model.safetensors", "task.json"):
+        if not (folder / name).is_file():
+            found = ", ".join(sorted(p.name for p in folder.iterdir())) if folder.is_dir() else "no such folder"
+            raise RunError(
+                f"{folder} is not a finished run: {name} is missing (found: {found or 'an empty folder'}); "
+                "run fit to its end, or name another folder"
+            )
+    data = Spec.read(folder / "spec.yaml").to_dict()
+    # The run's own tensors are loaded below, so that where they once came from need not be there.
+    data["encoder"] = {**data["encoder"], "weights": None}
+    model = data.get("decoder", {}).get("model")
+    if isinstance(model, str) and model.startswith("./"):
+        data["decoder"] = {**data["decoder"], "model": str(folder / model)}
+    pipeline = Pipeline(Spec.read(data), encoder)
+    pipeline.folder = folder
+    pipeline.task.restore(folder)
+    load_trained(pipeline.task, folder / "model.safetensors")
+    pipeline.fitted = True
+    return pipeline
+
+
+class Pipeline:
+    """A task built from a spec, with its data and its run folder. Made by `build` and `load`.
+
+    Attributes:
+        spec: complete and checked.
+        folder: the run folder: spec.yaml, environment.json, model.safetensors, checkpoints/, log.jsonl,
+            scores.json, predictions.parquet, report.html.
+        fitted: True once the weights are those of a finished fit.
+    """
+
+    def __init__(self, spec: Spec, encoder: nn.Module | None = None) -> None:
+        self.spec = spec
+        self.folder = spec.run_folder
+        self.fitted = False
+        self._given = encoder
+        self._task: Task | None = None
+        self._studies: Studies | None = None
+        self._progress = False
+
+    def __repr__(self) -> str:
+        state = "fitted" if self.fitted else "not fitted"
+        return f"Pipeline({self.spec.name}: {self.spec.task}, {state}, {self.folder})"
+
+    @property
+    def task(self) -> Task:
+        """The model, built on first use with the spec's seed."""
+        if self._task is None:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(self.spec.seed)
+                encoder: Encoder | None = None
+                if self._given is not None:
+                    encoder = as_encoder(self._given, self.spec.data.image_size)
+                self._task = TASKS.get(self.spec.task)(self.spec, encoder)
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+            self._task.eval().to(device)
+        return self._task
+
+    @property
+    def studies(self) -> Studies:
+        """The data set, read and checked on first use."""
+        if self._studies is None:
+            self._studies = load_studies(self.spec.data)
+        return self._studies
+
+    def images(self, split: str, *, train: bool = False) -> StudyImages:
+        """The studies of a split as the encoder takes them."""
+        self.studies.require(split)
+        encoder = self.task.encoder
+        images = StudyImages(
+            self.studies.splits[split],
+            self.studies.root,
+            self.spec.data,
+            channels=encoder.channels,
+            mean=encoder.mean,
+            std=encoder.std,
+            labels=self.task.labels,
+            seed=self.spec.seed,
+            train=train,
+            max_views=self.studies.views,
+        )
+        if self.task.frozen_encoder and not (train and self.spec.data.crop < 1):
+            images.features = compute_once(
+                self.task.encoder, images, self.spec.training.batch_size, progress=self._progress
+            )
+        return images
+
+    def fit(self, *, fresh: bool = False, progress: bool = True) -> "Pipeline":
+        """Fits the pipeline, or goes on where an interrupted fit stopped; a finished run is loaded as it is.
+
+        Args:
+            fresh: delete what the run folder holds and begin anew.
+            progress: show a bar.
+
+        Raises:
+            RunError: the run folder is that of another spec, or cannot be written.
+            DataError, SpecError, WeightsError: something given cannot be used; nothing is written then.
+        """
+        self._progress = progress
+        if fresh and _is_main() and self.folder.exists():
+            _check_run_folder(self.folder)
+            shutil.rmtree(self.folder)
+        if (self.folder / "spec.yaml").is_file():
+            self._check_spec()
+        if (self.folder / "model.safetensors").is_file():
+            loaded = load(self.folder, encoder=self._given)
+            self._task, self.fitted = loaded.task, True
+            return self
+        task = self.task
+        self.studies.require("train", "val")
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.spec.seed)
+            task.prepare(self.studies)
+        task.to(next(task.encoder.parameters()).device)
+        train, val = self.images("train", train=True), self.images("val")
+        if self.spec.training.validation_studies is not None:
+            val = val.still(range(min(len(val), self.spec.training.validation_studies)))
+        if _is_main():
+            self._begin()
+        metrics = self._metrics()
+        select = self.spec.training.select
+        chooser = next((m for m in metrics if select in m.values), None)
+
+        def validate() -> dict[str, float]:
+            found = {"loss": validation_loss(task, val, self.spec.training.batch_size)}
+            if chooser is not None:
+                predictions = self._predict_all(task.predict, val, "validate", progress=False)
+                made, references = task.outputs(predictions), task.targets(val)
+                scores = score_all(metrics, made, references, val.patient_ids, resamples=0)
+                found |= {name: score.value for name, score in scores.items()}
+            return found
+
+        fit(
+            task,
+            train,
+            self.folder,
+            validate,
+            higher_is_better=chooser.higher_is_better if chooser else False,
+            progress=progress,
+        )
+        if _is_main():
+            task.save_files(self.folder)
+            _write_json(self.folder / "references.json", task.references())
+            save_trained(task, self.folder / "model.safetensors")
+        self.fitted = True
+        return self
+
+    @torch.no_grad()
+    def evaluate(
+        self,
+        split: str | None = None,
+        *,
+        beside: "Mapping[str, Pipeline] | None" = None,
+        progress: bool = True,
+    ) -> Scores:
+        """Scores on a split with 95 % intervals, beside the floors that a fit must beat.
+
+        Also writes scores.json, predictions.parquet and report.html to the run folder.
+
+        Args:
+            split: "test" where the data set has one, else "val".
+            beside: other fitted pipelines of the same task and data, a row of the table each.
+            progress: show a bar.
+        """
+        self._need_fit()
+        self._progress = progress
+        if split is None:
+            split = "test" if len(self.studies.splits.get("test", ())) else "val"
+        task, images, train = self.task, self.images(split), self.images("train").still()
+        metrics, groups = self._metrics(), images.patient_ids
+        predictions = self._predict_all(task.predict, images, "evaluate", progress)
+        references = task.targets(images)
+
+        def table(outputs: list[Any]) -> dict[str, Any]:
+            return score_all(metrics, outputs, references, groups, seed=self.spec.seed)
+
+        comparisons = {row: table(made) for row, made in task.floors(train, images, predictions).items()}
+        for row, predict in task.ablations().items():
+            comparisons[row] = table(task.outputs(self._predict_all(predict, images, row, progress)))
+        for row, other in (beside or {}).items():
+            other._need_fit()
+            theirs = other._predict_all(other.task.predict, other.images(split), row, progress)
+            comparisons[row] = table(other.task.outputs(theirs))
+        scores = Scores(table(task.outputs(predictions)), comparisons, title=self.spec.name)
+        scores.notes += [f"split: {split}; cleaning: {self.spec.data.cleaning}; references whole"]
+        scores.notes += task.notes(predictions, scores)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        _write_json(self.folder / "scores.json", scores.to_dict())
+        _write_predictions(self.folder / "predictions.parquet", predictions, references)
+        shown = _spread(len(images), CARDS)
+        report_page(
+            self.folder / "report.html",
+            title=self.spec.name,
+            spec_yaml=self.spec.to_yaml(),
+            log=read_log(self.folder),
+            scores=scores,
+            studies=task.cards(images.still(shown), [predictions[i] for i in shown], train),
+            facts=self.facts(),
+            notes=[],
+        )
+        return scores
+
+    @torch.no_grad()
+    def predict(self, studies: Any, *, progress: bool = False) -> Any:
+        """Reports, probabilities or reconstruction errors of new studies.
+
+        Args:
+            studies: one study or a list of them. A study is a path, array or PIL image; a tuple of those, its
+                views, frontal first; or a mapping with "images" and, if known, "study_id" and "patient_id".
+            progress: show a bar.
+
+        Returns:
+            A `Prediction` for one study, a list of them for a list.
+        """
+        self._need_fit()
+        many = isinstance(studies, list)
+        encoder, task = self.task.encoder, self.task
+        samples = [
+            study_from(
+                value,
+                self.spec.data,
+                channels=encoder.channels,
+                mean=encoder.mean,
+                std=encoder.std,
+                labels=task.labels,
+                seed=self.spec.seed,
+                max_views=task.views,
+            )
+            for value in (studies if many else [studies])
+        ]
+        size = self._prediction_batch
+        batches = [collate(samples[i : i + size], task.views) for i in range(0, len(samples), size)]
+        found = self._run(task.predict, batches, len(batches), "predict", progress)
+        return found if many else found[0]
+
+    def save(self, folder: str | Path, *, complete: bool = False) -> Path:
+        """Writes what `load` needs. Frozen public weights stay named by hash unless `complete`.
+
+        Raises:
+            RunError: not fitted yet, or the folder holds something else.
+        """
+        self._need_fit()
+        folder = Path(folder)
+        if folder.exists() and any(folder.iterdir()):
+            _check_run_folder(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        spec, references = self.spec, self.task.references()
+        if complete:
+            spec = Spec.read(spec, self.task.copy_public(folder))
+            references = {}
+        self.task.save_files(folder)
+        _write_json(folder / "references.json", references)
+        _write_json(folder / "environment.json", environment())
+        _write(folder / "spec.yaml", spec.to_yaml())
+        save_trained(self.task, folder / "model.safetensors")
+        return folder
+
+    def facts(self) -> dict[str, str]:
+        """What a reader of a run wants to know beside its scores."""
+        count = sum(p.numel() for p in self.task.parameters())
+        trained = sum(p.numel() for p in self.task.parameters() if p.requires_grad)
+        versions = environment()
+        return {
+            "parameters": f"{count:,}",
+            "trained parameters": f"{trained:,}",
+            "studies": ", ".join(f"{name} {len(rows):,}" for name, rows in self.studies.splits.items() if len(rows)),
+            "left out": f"{len(self.studies.skipped)} unreadable or empty",
+            "python": versions["python"],
+            **{name: versions["packages"][name] for name in ("medxray", "torch", "transformers")},
+        }
+
+    @property
+    def _prediction_batch(self) -> int:
+        generation = self.spec.generation
+        return generation.batch_size if generation is not None else self.spec.training.batch_size
+
+    def _predict_all(
+        self, predict: Callable[[Batch], list[Prediction]], images: StudyImages, what: str, progress: bool
+    ) -> list[Prediction]:
+        size = self._prediction_batch
+        return self._run(predict, images.batches(size), -(-len(images) // size), what, progress)
+
+    def _run(
+        self,
+        predict: Callable[[Batch], list[Prediction]],
+        batches: Iterable[Batch],
+        count: int,
+        what: str,
+        progress: bool,
+    ) -> list[Prediction]:
+        self.task.eval()
+        device = next(self.task.encoder.parameters()).device
+        found: list[Prediction] = []
+        with torch.no_grad():
+            for batch in tqdm(batches, total=count, desc=what, unit="batch", disable=not progress):
+                found += predict(batch.to(device))
+        return found
+
+    def _metrics(self) -> list[Metric]:
+        names = self.spec.metrics or [METRICS.settings_of(name)(name=name) for name in self.task.metrics]
+        metrics = [METRICS.build(settings) for settings in names]
+        for metric in metrics:
+            if hasattr(metric, "labels"):
+                metric.labels = list(self.task.labels)
+        return metrics
+
+    def _need_fit(self) -> None:
+        if self.fitted:
+            return
+        if (self.folder / "model.safetensors").is_file():
+            self._check_spec()
+            loaded = load(self.folder, encoder=self._given)
+            self._task, self.fitted = loaded.task, True
+            return
+        raise RunError(f"{self.spec.name} is not fitted yet ({self.folder} holds no weights); call fit() first")
+
+    def _check_spec(self) -> None:
+        old, new = Spec.read(self.folder / "spec.yaml").to_dict(), self.spec.to_dict()
+        differing = list(_differences(old, new))
+        if differing:
+            shown = "; ".join(f"{path}: {a!r} there, {b!r} here" for path, a, b in differing[:5])
+            raise RunError(
+                f"run folder {self.folder} belongs to another spec ({shown}); "
+                "name another folder with output=..., or start anew with fresh"
+            )
+
+    def _begin(self) -> None:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            _write(self.folder / "spec.yaml", self.spec.to_yaml())
+            _write_json(self.folder / "environment.json", environment())
+            _write(
+                self.folder / "skipped.jsonl", "".join(json.dumps(row) + "\n" for row in self.studies.skipped)
+            ) if self.studies.skipped else None
+        except OSError as error:
+            raise RunError(
+                f"run folder {self.folder} cannot be written: {error.strerror}; name another with output=..."
+            ) from error
+
+
+@torch.no_grad()
+def validation_loss(task: Task, images: StudyImages, batch_size: int) -> float:
+    """Mean loss over all items of a split."""
+    device = next(task.encoder.parameters()).device
+    total, items = 0.0, 0
+    for batch in images.batches(batch_size):
+        count = task.items(batch)
+        if count:
+            total += float(task(batch.to(device), count)) * count
+            items += count
+    return total / max(1, items)
+
+
+def environment() -> dict[str, Any]:
+    """Versions and the machine, as far as they can change a number."""
+    names = ("medxray", "torch", "torchvision", "transformers", "accelerate", "datasets", "timm", "numpy")
+    packages = {}
+    for name in names:
+        try:
+            packages[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            packages[name] = "not installed"
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "processor": platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "packages": packages,
+    }
+
+
+def read_log(folder: Path) -> list[dict[str, Any]]:
+    """Lines of a run's log; none where there is no log."""
+    path = folder / "log.jsonl"
+    if not path.is_file():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def _is_main() -> bool:
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def _check_run_folder(folder: Path) -> None:
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / "spec.yaml").is_file():
+        raise RunError(f"{folder} holds files but no spec.yaml, so it is no run folder; nothing in it was touched")
+
+
+def _differences(old: Any, new: Any, path: str = "") -> Iterable[tuple[str, Any, Any]]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in dict.fromkeys([*old, *new]):
+            if not path and key == "output":
+                continue
+            yield from _differences(old.get(key), new.get(key), f"{path}.{key}" if path else str(key))
+    elif old != new:
+        yield path, old, new
+
+
+def _spread(n: int, most: int) -> list[int]:
+    """At most so many rows, evenly over n."""
+    return sorted({int(i * n / min(n, most)) for i in range(min(n, most))})
+
+
+def _write(path: Path, text: str) -> None:
+    staged = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        staged.write_text(text, encoding="utf-8")
+        staged.replace(path)
+    finally:
+        staged.unlink(missing_ok=True)
+
+
+def _write_json(path: Path, data: Any) -> None:
+    _write(path, json.dumps(data, indent=1) + "\n")
+
+
+def _write_predictions(path: Path, predictions: Sequence[Prediction], references: Sequence[Any]) -> None:
+    import pyarrow as arrow
+    from pyarrow import parquet
+
+    rows = [
+        {
+            "study_id": p.study_id,
+            "text": p.text,
+            "reference": r if isinstance(r, str) else None,
+            "scores": json.dumps(p.scores),
+            "context_positive": p.context.get("positive", []),
+            "context_negative": p.context.get("negative", []),
+            "log_probabilities": p.log_probabilities,
+        }
+        for p, r in zip(predictions, references, strict=True)
+    ]
+    staged = path.with_name(f".{path.name}.{os.getpid()}")
+    parquet.write_table(arrow.Table.from_pylist(rows), staged)
+    staged.replace(path)

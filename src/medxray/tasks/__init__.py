@@ -1,0 +1,213 @@
+"""Which parts a task wires together, its loss, its predictions and its scores. A new task is one more file."""
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from medxray.data import Studies, StudyImages
+from medxray.encoders import ENCODERS, Encoder, freeze
+from medxray.registry import Registry
+from medxray.spec import Spec
+from medxray.types import Batch, Features, Prediction, RunError, Scores, SpecError
+from medxray.visual import StudyCard
+from medxray.weights import load_encoder
+
+Loader = Callable[[StudyImages], Sequence[Batch]]
+
+
+class Task(nn.Module, ABC):
+    """A model with what it learns from and how it is judged.
+
+    Built from a spec alone; `prepare` (with the training studies) or `restore` (from a run folder) then gives it
+    what a spec cannot know, such as a vocabulary or the names of the labels.
+
+    Attributes:
+        sections: the spec's sections that the task uses, each with the part that it takes when the spec
+            names none: None where one must be named, {} where the section may be absent.
+        metrics: names of the metrics when a spec lists none.
+    """
+
+    sections: ClassVar[dict[str, dict[str, Any] | None]]
+    metrics: ClassVar[tuple[str, ...]]
+
+    def __init__(self, spec: Spec, encoder: Encoder | None = None) -> None:
+        super().__init__()
+        self.spec = spec
+        self.encoder = encoder if encoder is not None else build_encoder(spec)
+        self.labels: list[str] = []
+        self.views = 1
+
+    @property
+    def frozen_encoder(self) -> bool:
+        """True when image features never change, so that they are computed once."""
+        return self.spec.encoder is not None and not getattr(self.spec.encoder, "trainable", True)
+
+    def train(self, mode: bool = True) -> "Task":
+        super().train(mode)
+        if self.frozen_encoder:
+            self.encoder.eval()
+        return self
+
+    def prepare(self, studies: Studies) -> None:
+        """Learns what only the training studies can tell."""
+        self.labels, self.views = list(studies.labels), studies.views
+
+    def state(self) -> dict[str, Any]:
+        """What `prepare` found, as plain values for `task.json`."""
+        return {"labels": self.labels, "views": self.views}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """The inverse of `state`."""
+        self.labels, self.views = list(state["labels"]), int(state["views"])
+
+    def save_files(self, folder: Path) -> None:
+        """Writes `state` and any files beside it into a run folder."""
+        (folder / "task.json").write_text(json.dumps(self.state(), indent=1), encoding="utf-8")
+
+    def restore(self, folder: Path) -> None:
+        """Reads what `save_files` wrote.
+
+        Raises:
+            RunError: the folder is not that of a finished fit.
+        """
+        path = folder / "task.json"
+        if not path.is_file():
+            raise RunError(f"run folder {folder} has no task.json; fit it first, or name a folder that medxray saved")
+        self.load_state(json.loads(path.read_text(encoding="utf-8")))
+
+    def references(self) -> dict[str, str]:
+        """Public weights that a run folder names instead of copying: name -> SHA-256."""
+        return {}
+
+    def copy_public(self, folder: Path) -> dict[str, Any]:
+        """Copies the weights that `references` names into a folder; returns the overrides that make a spec use them."""
+        return {}
+
+    def frozen_public(self) -> tuple[str, ...]:
+        """Prefixes of parameters that `references` can bring back."""
+        return ()
+
+    def watch(self, images: StudyImages) -> None:
+        """Gets the training images before a fit, for tasks that look at them beside the batch."""
+
+    def before_step(self, step: int, steps_per_epoch: int) -> None:
+        """Called before each optimiser step while fitting."""
+
+    def after_fit(self) -> None:
+        """Called once with the chosen weights in place."""
+
+    @abstractmethod
+    def items(self, batch: Batch) -> int:
+        """What the loss of a batch is a mean over: studies, labels or tokens."""
+
+    @abstractmethod
+    def forward(self, batch: Batch, items: Tensor | int | None = None) -> Tensor:
+        """The loss () of a batch, a sum over its items divided by `items` (its own number of them if None)."""
+
+    @abstractmethod
+    def predict(self, batch: Batch) -> list[Prediction]:
+        """One prediction a study. Leaves the model as it is."""
+
+    @abstractmethod
+    def targets(self, images: StudyImages) -> list[Any]:
+        """References of the studies, in the form that the task's metrics take."""
+
+    @abstractmethod
+    def outputs(self, predictions: Sequence[Prediction]) -> list[Any]:
+        """Predictions in the form that the task's metrics take."""
+
+    def floors(self, train: StudyImages, images: StudyImages, predictions: Sequence[Prediction]) -> dict[str, list[Any]]:
+        """Outputs of systems that a fit must beat: row of the table -> outputs, one a study."""
+        return {}
+
+    def ablations(self) -> dict[str, Callable[[Batch], list[Prediction]]]:
+        """The same model with a part switched off: row of the table -> predict."""
+        return {}
+
+    def notes(self, predictions: Sequence[Prediction], scores: Scores) -> list[str]:
+        """Sentences that belong under the table of scores."""
+        return []
+
+    def cards(
+        self, images: StudyImages, predictions: Sequence[Prediction], train: StudyImages | None
+    ) -> list[StudyCard]:
+        """What `report.html` shows of single studies."""
+        return []
+
+    def encode(self, batch: Batch) -> Features:
+        """Features of every view: tokens (B, V, N, D), pooled (B, V, D); cached ones where the batch has them."""
+        if batch.features is not None:
+            return batch.features
+        B, V = batch.pixels.shape[:2]
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen_encoder):
+            flat = self.encoder(batch.pixels.flatten(0, 1))
+        check_features(flat, self.encoder)
+        return Features(flat.tokens.unflatten(0, (B, V)), flat.grid, flat.pooled.unflatten(0, (B, V)))
+
+    def study_features(self, batch: Batch) -> Features:
+        """Features of B studies, views joined as `data.views` says: tokens (B, N, D), grid, pooled (B, D)."""
+        return join_views(self.encode(batch), batch.view_mask, self.spec.data.views)
+
+
+def join_views(features: Features, view_mask: Tensor, how: str) -> Features:
+    """tokens (B, V, N, D) -> (B, N, D) averaged over the views that exist, or (B, V * N, D) concatenated, with zeros
+    where a view is missing; pooled (B, V, D) -> (B, D), always averaged."""
+    weights = view_mask.to(features.pooled.dtype)
+    weights = weights / weights.sum(1, keepdim=True).clamp(min=1)
+    pooled = (features.pooled * weights[..., None]).sum(1)
+    if how == "concatenate":
+        tokens = (features.tokens * view_mask[..., None, None]).flatten(1, 2)
+        return Features(tokens, None if view_mask.shape[1] > 1 else features.grid, pooled)
+    return Features((features.tokens * weights[..., None, None]).sum(1), features.grid, pooled)
+
+
+def build_encoder(spec: Spec) -> Encoder:
+    """The encoder that a spec names, with its weights, frozen where it says so."""
+    settings: Any = spec.encoder
+    encoder = ENCODERS.build(settings)
+    if settings.weights is not None:
+        load_encoder(encoder, settings.weights)
+    if not settings.trainable:
+        freeze(encoder)
+    return encoder
+
+
+def check_features(features: Features, encoder: Encoder) -> None:
+    """Raises SpecError when an encoder's output disagrees with what it declares."""
+    name = type(encoder).__name__
+    if not isinstance(features, Features):
+        raise SpecError(f"encoder {name}: forward must return medxray.Features, found {type(features).__name__}")
+    if features.tokens.ndim != 3 or features.tokens.shape[-1] != encoder.width:
+        raise SpecError(
+            f"encoder {name}: tokens of shape (B, N, {encoder.width}) were expected from its declared width, "
+            f"found {tuple(features.tokens.shape)}; correct `width` or `forward`"
+        )
+    if features.pooled.shape != (features.tokens.shape[0], encoder.width):
+        raise SpecError(
+            f"encoder {name}: pooled of shape (B, {encoder.width}) was expected, "
+            f"found {tuple(features.pooled.shape)}; correct `width` or `forward`"
+        )
+    if features.grid is not None and features.grid[0] * features.grid[1] != features.tokens.shape[1]:
+        raise SpecError(
+            f"encoder {name}: grid {features.grid} does not hold its {features.tokens.shape[1]} tokens; "
+            "return grid=None for tokens that are not a map"
+        )
+
+
+TASKS: Registry[Task] = Registry(
+    "task",
+    Task,
+    {
+        "pretrain": "medxray.tasks.pretrain:Pretrain",
+        "classify": "medxray.tasks.classify:Classify",
+        "report": "medxray.tasks.report:Report",
+    },
+    group="medxray.tasks",
+    context=("spec", "encoder"),
+)
+register, get, names = TASKS.register, TASKS.get, TASKS.names

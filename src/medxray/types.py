@@ -1,0 +1,248 @@
+"""The few types that flow between rooms. Shape letters: B batch, V views, C channels, H W pixels,
+N tokens, D width, L sequence, K classes."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TypedDict
+
+if TYPE_CHECKING:
+    import torch
+
+
+class MedxrayError(Exception):
+    """A mistake in what the library was given: names the thing, what was expected, what was found, what to do."""
+
+
+class SpecError(MedxrayError):
+    """A spec that cannot be built: unknown parts or settings, wrong types, parts that don't fit together."""
+
+
+class DataError(MedxrayError):
+    """A data set, table or study that cannot be used."""
+
+
+class ImageError(DataError):
+    """One image file that cannot be read."""
+
+
+class WeightsError(MedxrayError):
+    """A checkpoint that is missing, unreadable or does not fit the model."""
+
+
+class RunError(MedxrayError):
+    """A run folder that is missing, incomplete, or belongs to another spec."""
+
+
+class Study(TypedDict):
+    """One row of a `datasets.Dataset`: a patient's visit with its images and report.
+
+    `labels` maps a name to 1 present, 0 absent, -1 uncertain; a name that is missing is None.
+    `report` is the cleaned target text; `views` are "PA", "AP", "LL" or "unknown", one an image.
+    """
+
+    study_id: str
+    patient_id: str
+    images: list[str]
+    views: list[str]
+    findings: str
+    impression: str
+    report: str
+    labels: dict[str, int | None]
+    split: str
+
+
+@dataclass
+class Batch:
+    """What a task's model takes.
+
+    Attributes:
+        pixels: (B, V, C, H, W) float32, normalised as the encoder declares.
+        view_mask: (B, V) bool, False where a study has fewer views than V.
+        reports: B cleaned reports; empty strings at prediction.
+        labels: (B, K) float32 with 1, 0, -1 uncertain and NaN missing; K may be 0.
+        study_ids: B names.
+        patient_ids: B names; "" where unknown.
+        seeds: (B,) int64, one a study and epoch: all randomness of a sample flows from it, so that
+            it depends neither on the batch nor on the number of processes.
+        regions: (B, V, h, w) float32 coverage of each token by the chest, or None.
+        features: of a frozen encoder, computed once: tokens (B, V, N, D), pooled (B, V, D); or None.
+    """
+
+    pixels: torch.Tensor
+    view_mask: torch.Tensor
+    reports: list[str]
+    labels: torch.Tensor
+    study_ids: list[str]
+    patient_ids: list[str]
+    seeds: torch.Tensor
+    regions: torch.Tensor | None = None
+    features: Features | None = None
+
+    def __len__(self) -> int:
+        return len(self.study_ids)
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
+        """The same batch with its tensors on `device`."""
+        moved = {
+            f.name: value.to(device, non_blocking=non_blocking)
+            for f in dataclasses.fields(self)
+            if hasattr(value := getattr(self, f.name), "to")
+        }
+        return dataclasses.replace(self, **moved)
+
+
+@dataclass
+class Features:
+    """What an encoder returns.
+
+    Attributes:
+        tokens: (B, N, D).
+        grid: (h, w) with h * w = N when the tokens are a map, row by row; None otherwise.
+        pooled: (B, D), one vector an image.
+    """
+
+    tokens: torch.Tensor
+    grid: tuple[int, int] | None
+    pooled: torch.Tensor
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Features:
+        """The same features on `device`."""
+        return Features(
+            self.tokens.to(device, non_blocking=non_blocking),
+            self.grid,
+            self.pooled.to(device, non_blocking=non_blocking),
+        )
+
+
+@dataclass
+class Context:
+    """What a retriever returns for each of B studies: n_pos diseased and n_neg normal training studies.
+
+    Attributes:
+        positive: (B, n_pos, D) pooled encoder features.
+        negative: (B, n_neg, D).
+        positive_ids: B lists of n_pos study ids.
+        negative_ids: B lists of n_neg study ids.
+    """
+
+    positive: torch.Tensor
+    negative: torch.Tensor
+    positive_ids: list[list[str]]
+    negative_ids: list[list[str]]
+
+
+@dataclass
+class Prediction:
+    """What a pipeline says of one study; a row of `predictions.parquet`.
+
+    Attributes:
+        study_id: its name.
+        text: the generated report; "" for tasks without text.
+        scores: a probability for each label, or a reconstruction error; empty for reports.
+        context: ids of the training studies that were used, by pool.
+        log_probabilities: one a generated token.
+    """
+
+    study_id: str
+    text: str = ""
+    scores: dict[str, float] = field(default_factory=dict)
+    context: dict[str, list[str]] = field(default_factory=dict)
+    log_probabilities: list[float] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        return self.text or ", ".join(f"{name} {value:.3f}" for name, value in self.scores.items())
+
+
+@dataclass(frozen=True)
+class Score:
+    """A value with its 95 % interval over n studies; NaN where it is undefined."""
+
+    value: float
+    low: float
+    high: float
+    n: int
+
+    def __str__(self) -> str:
+        if self.value != self.value:
+            return "undefined"
+        return f"{self.value:.3f} ({self.low:.3f}-{self.high:.3f})"
+
+
+class Scores(Mapping[str, Score]):
+    """Metric -> `Score` for one system, with the floors and ablations that it is compared with.
+
+    Args:
+        scores: metric name -> Score.
+        comparisons: row name -> metric name -> Score: floors such as "most frequent report".
+        notes: sentences that a reader of the table must know.
+        title: the row name of `scores` itself.
+    """
+
+    def __init__(
+        self,
+        scores: Mapping[str, Score],
+        comparisons: Mapping[str, Mapping[str, Score]] | None = None,
+        notes: list[str] | None = None,
+        title: str = "model",
+    ) -> None:
+        self.scores = dict(scores)
+        self.comparisons = {row: dict(values) for row, values in (comparisons or {}).items()}
+        self.notes = list(notes or [])
+        self.title = title
+
+    def __getitem__(self, metric: str) -> Score:
+        return self.scores[metric]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.scores)
+
+    def __len__(self) -> int:
+        return len(self.scores)
+
+    @property
+    def rows(self) -> dict[str, dict[str, Score]]:
+        """Every row of the table, the system itself first."""
+        return {self.title: self.scores, **self.comparisons}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for `scores.json`."""
+        return {
+            "title": self.title,
+            "scores": {k: dataclasses.asdict(v) for k, v in self.scores.items()},
+            "comparisons": {
+                row: {k: dataclasses.asdict(v) for k, v in values.items()}
+                for row, values in self.comparisons.items()
+            },
+            "notes": self.notes,
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Scores:
+        """The inverse of `to_dict`."""
+        return cls(
+            {k: Score(**v) for k, v in data["scores"].items()},
+            {row: {k: Score(**v) for k, v in values.items()} for row, values in data["comparisons"].items()},
+            data["notes"],
+            data["title"],
+        )
+
+    def __str__(self) -> str:
+        metrics = list(self.scores)
+        table = [["", *metrics]]
+        for row, values in self.rows.items():
+            table.append([row, *(str(values[m]) if m in values else "" for m in metrics)])
+        # Metrics run down and systems across when there are more metrics than systems.
+        if len(metrics) > len(table) - 1:
+            table = [list(column) for column in zip(*table, strict=True)]
+        widths = [max(len(line[i]) for line in table) for i in range(len(table[0]))]
+        lines = [
+            "  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in table
+        ]
+        n = max((score.n for score in self.scores.values()), default=0)
+        lines.append(f"n = {n} studies; 95 % intervals by bootstrap over patients")
+        return "\n".join(lines + self.notes)
+
+    __repr__ = __str__

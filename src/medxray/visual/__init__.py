@@ -1,0 +1,47 @@
+"""What a run looks like: charts and the HTML page of a run folder."""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+
+@dataclass
+class ContextCard:
+    """A training study that a prediction was given as context.
+
+    Attributes:
+        study_id: its name.
+        pool: where it was drawn from, such as "diseased" or "normal".
+        image: (H, W) float32 in 0..1, or None.
+        report: its report.
+    """
+
+    study_id: str
+    pool: str
+    image: np.ndarray | None
+    report: str
+
+
+@dataclass
+class StudyCard:
+    """One study as the page shows it; what is empty is left out.
+
+    Attributes:
+        study_id: its name.
+        images: (H, W) float32 each, in 0..1; of pre-training the input, masked, reconstruction and error.
+        captions: one an image.
+        reference: the report that was written.
+        prediction: the report that was generated.
+        scores: name -> number; probabilities are drawn as bars.
+        context: the training studies that the prediction was given.
+        labels: name -> 1, 0, -1 uncertain, None missing, shown beside the scores of the same names.
+    """
+
+    study_id: str
+    images: list[np.ndarray]
+    captions: list[str]
+    reference: str = ""
+    prediction: str = ""
+    scores: dict[str, float] = field(default_factory=dict)
+    context: list[ContextCard] = field(default_factory=list)
+    labels: dict[str, int | None] = field(default_factory=dict)

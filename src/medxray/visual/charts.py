@@ -1,0 +1,212 @@
+"""Charts as inline SVG. Colours and type come from the page's style sheet and follow light and dark."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from typing import Any, TypeGuard
+
+import numpy as np
+
+from medxray.types import Score
+
+Point = tuple[float, float]
+
+_WIDTH, _HEIGHT = 400, 230
+_LEFT, _RIGHT, _TOP, _BOTTOM = 54, 14, 14, 40
+_MOST_POINTS = 240
+_NOT_DRAWN = ("runtime", "per_second", "flos", "epoch", "num_tokens", "memory")
+
+
+@dataclass
+class Series:
+    """A line of a chart.
+
+    Attributes:
+        name: what the legend calls it.
+        points: (x, y), by x; where y is not finite the line breaks.
+        dotted: draws each point and takes the second colour, for what is measured now and then.
+    """
+
+    name: str
+    points: Sequence[Point]
+    dotted: bool = False
+
+
+def line_chart(title: str, series: Sequence[Series], x_label: str = "step") -> str:
+    """A figure with one or more lines over a common x, its last values in the legend.
+
+    Lines of more than 240 points are drawn as means of neighbours. Values that are not finite are left out,
+    and counted in the legend.
+    """
+    thinned = [Series(s.name, _thin(s.points), s.dotted) for s in series]
+    seen = [p for s in thinned for p in s.points if math.isfinite(p[1])]
+    legend = "".join(map(_legend_entry, series))
+    head = f'<figcaption><b>{escape(title)}</b><span class="legend">{legend}</span></figcaption>'
+    if not seen:
+        return f'<figure class="chart">{head}<p class="quiet">no values yet</p></figure>'
+    x_ticks = _ticks(min(x for x, _ in seen), max(x for x, _ in seen), whole=True)
+    y_ticks = _ticks(min(y for _, y in seen), max(y for _, y in seen))
+    x_low, x_high = min(x_ticks[0], seen[0][0]), max(x_ticks[-1], *(x for x, _ in seen))
+
+    def place(point: Point) -> Point:
+        across = (point[0] - x_low) / (x_high - x_low)
+        up = (point[1] - y_ticks[0]) / (y_ticks[-1] - y_ticks[0])
+        return _LEFT + across * (_WIDTH - _LEFT - _RIGHT), _HEIGHT - _BOTTOM - up * (_HEIGHT - _TOP - _BOTTOM)
+
+    drawn = []
+    for tick, text in zip(y_ticks, _tick_labels(y_ticks), strict=True):
+        y = place((x_low, tick))[1]
+        drawn.append(f'<path class="grid" d="M{_LEFT} {y:.1f}H{_WIDTH - _RIGHT}"/>')
+        drawn.append(f'<text x="{_LEFT - 7}" y="{y + 4:.1f}" text-anchor="end">{text}</text>')
+    for tick, text in zip(x_ticks, _tick_labels(x_ticks), strict=True):
+        x = place((tick, y_ticks[0]))[0]
+        drawn.append(f'<path class="axis" d="M{x:.1f} {_HEIGHT - _BOTTOM}v4"/>')
+        drawn.append(f'<text x="{x:.1f}" y="{_HEIGHT - _BOTTOM + 17}" text-anchor="middle">{text}</text>')
+    drawn.append(f'<path class="axis" d="M{_LEFT} {_HEIGHT - _BOTTOM}H{_WIDTH - _RIGHT}"/>')
+    middle = (_LEFT + _WIDTH - _RIGHT) / 2
+    drawn.append(f'<text x="{middle}" y="{_HEIGHT - 5}" text-anchor="middle">{escape(x_label)}</text>')
+    for line in thinned:
+        drawn.append(_line([place(p) if math.isfinite(p[1]) else None for p in line.points], line.dotted))
+    label = f"{title} against {x_label}: {', '.join(s.name for s in series)}"
+    opening = f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{escape(label)}">'
+    return f'<figure class="chart">{head}{opening}{"".join(drawn)}</svg></figure>'
+
+
+def training_curves(log: Sequence[Mapping[str, Any]]) -> list[str]:
+    """One chart a quantity of a training log: the loss, each validation metric, then what else was logged.
+
+    Args:
+        log: rows with "step" and numbers; names that begin with "eval_" are measured on validation.
+    """
+    found: dict[str, list[Point]] = {}
+    for row in log:
+        step = row.get("step")
+        if not _is_number(step):
+            continue
+        for name, value in row.items():
+            skipped = name == "step" or name.startswith("train_") or any(part in name for part in _NOT_DRAWN)
+            if _is_number(value) and not skipped:
+                found.setdefault(name, []).append((float(step), float(value)))
+    measured = [name for name in found if name.startswith("eval_") and name != "eval_loss"]
+    others = [name for name in found if not name.startswith("eval_") and name != "loss"]
+    charts = []
+    losses = {"loss": ("train", False), "eval_loss": ("validation", True)}
+    lines = [Series(label, found[name], dots) for name, (label, dots) in losses.items() if name in found]
+    if lines:
+        charts.append(line_chart("loss", lines))
+    for name in measured:
+        charts.append(line_chart(name.removeprefix("eval_"), [Series("validation", found[name], True)]))
+    for name in others:
+        charts.append(line_chart(name.replace("_", " "), [Series("train", found[name])]))
+    return charts
+
+
+def interval_strip(score: Score, others: Sequence[Score], mark: float, filled: bool) -> str:
+    """A dot and its interval on the common scale of `others`, with a tick at the value `mark` unless NaN."""
+    ends = [v for s in [score, *others] for v in (s.value, s.low, s.high) if math.isfinite(v)]
+    if not math.isfinite(score.value):
+        return ""
+    low, high = min(ends), max(ends)
+    span = (high - low) or 1.0
+
+    def x(value: float) -> float:
+        return 5 + 90 * (value - low) / span if high > low else 50
+
+    drawn = ""
+    if math.isfinite(mark):
+        drawn += f'<path class="mark" d="M{x(mark):.1f} 0V12"/>'
+    if math.isfinite(score.low) and math.isfinite(score.high):
+        drawn += f'<path class="interval" d="M{x(score.low):.1f} 6H{x(score.high):.1f}"/>'
+    kind = "filled" if filled else "hollow"
+    drawn += f'<circle class="{kind}" cx="{x(score.value):.1f}" cy="6" r="3.2"/>'
+    return f'<svg class="strip" viewBox="0 0 100 12" aria-hidden="true">{drawn}</svg>'
+
+
+def bar(share: float) -> str:
+    """A bar for a number in 0..1; numbers beyond are cut."""
+    width = 100 * min(max(share, 0.0), 1.0) if math.isfinite(share) else 0.0
+    return (
+        '<svg class="bar" viewBox="0 0 100 6" preserveAspectRatio="none" aria-hidden="true">'
+        '<rect class="track" width="100" height="6"/>'
+        f'<rect class="fill" width="{width:.1f}" height="6"/></svg>'
+    )
+
+
+def number(value: float) -> str:
+    """Three decimals, or three digits where that would hide the value."""
+    if not math.isfinite(value):
+        return "undefined"
+    return f"{value:.3f}" if value == 0 or 5e-3 <= abs(value) < 1e4 else _scientific(f"{value:.3g}")
+
+
+def _is_number(value: Any) -> TypeGuard[float]:
+    return isinstance(value, int | float | np.number) and not isinstance(value, bool)
+
+
+def _thin(points: Sequence[Point]) -> list[Point]:
+    """At most 240 points: means of equal runs, of their finite values."""
+    if len(points) <= _MOST_POINTS:
+        return list(points)
+    thinned = []
+    for run in np.array_split(np.array(points, dtype=np.float64), _MOST_POINTS):
+        finite = run[np.isfinite(run[:, 1])]
+        x, y = finite.mean(axis=0) if len(finite) else (run[:, 0].mean(), math.nan)
+        thinned.append((float(x), float(y)))
+    return thinned
+
+
+def _line(places: Sequence[Point | None], dotted: bool) -> str:
+    pieces: list[list[str]] = [[]]
+    dots = ""
+    for i, spot in enumerate(places):
+        if spot is None:
+            pieces.append([])
+            continue
+        text = f"{spot[0]:.1f} {spot[1]:.1f}"
+        pieces[-1].append(text)
+        alone = places[i - 1 : i] in ([], [None]) and places[i + 1 : i + 2] in ([], [None])
+        if dotted or alone:
+            dots += f'<circle cx="{spot[0]:.1f}" cy="{spot[1]:.1f}" r="2.8"/>'
+    path = "".join(f"M{'L'.join(piece)}" for piece in pieces if len(piece) > 1)
+    return f'<g class="series {"dotted" if dotted else "plain"}"><path d="{path}"/>{dots}</g>'
+
+
+def _legend_entry(series: Series) -> str:
+    dot = '<circle cx="11" cy="5" r="2.8"/>' if series.dotted else ""
+    kind = "dotted" if series.dotted else "plain"
+    swatch = f'<svg viewBox="0 0 22 10"><g class="series {kind}"><path d="M1 5L21 5"/>{dot}</g></svg>'
+    finite = [y for _, y in series.points if math.isfinite(y)]
+    last = f" <i>last {number(finite[-1])}</i>" if finite else ""
+    lost = len(series.points) - len(finite)
+    note = f" <i>({lost} not finite)</i>" if lost else ""
+    return f"<span>{swatch} {escape(series.name)}{last}{note}</span>"
+
+
+def _ticks(low: float, high: float, whole: bool = False) -> list[float]:
+    """Four to seven round numbers that cover low..high; at least two."""
+    if high <= low:
+        pad = abs(low) / 2 or 1.0
+        low, high = (low, low + 1) if whole else (low - pad, high + pad)
+    rough = (high - low) / 5
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(power * m for m in (1, 2, 5, 10) if power * m >= rough * 0.999)
+    if whole:
+        step = max(step, 1.0)
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return [i * step for i in range(first, last + 1)]
+
+
+def _tick_labels(ticks: Sequence[float]) -> list[str]:
+    step, most = ticks[1] - ticks[0], max(abs(t) for t in ticks)
+    if most >= 1e4 and step >= 1e2:
+        return [f"{t / 1e3:g}k" if t else "0" for t in ticks]
+    if most < 1e-2 or most >= 1e5:
+        return [_scientific(f"{t:.3g}") if abs(t) > step / 2 else "0" for t in ticks]
+    decimals = max(0, -math.floor(math.log10(step) + 1e-9))
+    return [f"{t:.{decimals}f}" for t in ticks]
+
+
+def _scientific(text: str) -> str:
+    mantissa, e, exponent = text.partition("e")
+    return f"{mantissa}e{int(exponent)}" if e else text

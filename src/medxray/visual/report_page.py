@@ -1,0 +1,375 @@
+"""The page of a run folder: one HTML file that needs nothing beside it and no network."""
+
+import base64
+import io
+import math
+import os
+import re
+import tempfile
+from collections.abc import Mapping, Sequence
+from html import escape
+from importlib import resources
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from medxray.types import MedxrayError, RunError, Score, Scores
+from medxray.visual import ContextCard, StudyCard
+from medxray.visual.charts import bar, interval_strip, number, training_curves
+
+LARGEST, LARGEST_OF_MANY, THUMBNAIL = 256, 176, 80
+"""Longest side in pixels of a study's one or two images, of more, and of a context image."""
+
+_FLOORS = ("best constant", "most frequent", "nearest")
+_MAIN = ("finding-f1", "bleu-4", "auroc", "average-precision", "reconstruction-error")
+_SHARED_WORDS = 3
+_TABLE = '<div class="scroll"><table><thead><tr><th></th>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+_CONTENT_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+
+
+def report_page(
+    path: str | os.PathLike[str],
+    *,
+    title: str,
+    spec_yaml: str,
+    log: Sequence[Mapping[str, Any]],
+    scores: Scores | None,
+    studies: Sequence[StudyCard],
+    facts: Mapping[str, str],
+    notes: Sequence[str],
+) -> None:
+    """Write a run's page; a file that is there is replaced only once the new one is complete.
+
+    Args:
+        path: the file to write; its folder is made when missing.
+        title: the run's name.
+        spec_yaml: the resolved spec.
+        log: rows of the training log, as `training_curves` takes them.
+        scores: the table, or None before an evaluation. Rows called after a floor ("best constant ...", "most
+            frequent ...", "nearest ...") are what the verdict compares with.
+        studies: shown in this order.
+        facts: versions, parameters, times.
+        notes: sentences that a reader of the scores must know.
+
+    Raises:
+        RunError: the file cannot be written.
+        MedxrayError: an image is not (H, W).
+    """
+    curves = training_curves(log)
+    sections = {
+        "Scores": _scores(scores, [*(scores.notes if scores else []), *notes]),
+        "Training": f'<div class="curves">{"".join(curves)}</div>' if curves else "",
+        "Studies": _studies(studies),
+        "Spec": f"<details><summary>The resolved spec</summary><pre>{escape(spec_yaml)}</pre></details>",
+        "Run": "<dl>" + "".join(f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in facts.items()) + "</dl>",
+    }
+    sections = {name: body for name, body in sections.items() if body and body != "<dl></dl>"}
+    links = "".join(f'<a href="#{name.lower()}">{name}</a>' for name in sections)
+    body = "".join(
+        f'<section id="{name.lower()}"><h2>{name}</h2>{content}</section>' for name, content in sections.items()
+    )
+    style = resources.files("medxray.visual").joinpath("report_page.css").read_text(encoding="utf-8")
+    page = (
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f'<meta name="color-scheme" content="light dark">'
+        f'<meta http-equiv="Content-Security-Policy" content="{_CONTENT_POLICY}">'
+        f"<style>{style}</style></head><body>"
+        f"<header><h1>{escape(title)}</h1>{_verdict(scores)}<nav>{links}</nav></header>"
+        f"<main>{body}</main><footer>Research use only. Not a medical device.</footer></body></html>\n"
+    )
+    _write(Path(path), page)
+
+
+def _write(path: Path, text: str) -> None:
+    temporary = ""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        with open(descriptor, "w", encoding="utf-8", errors="replace") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)
+        os.replace(temporary, path)
+    except OSError as error:
+        if temporary:
+            Path(temporary).unlink(missing_ok=True)
+        reason = error.strerror or error
+        raise RunError(
+            f"{path}: expected to write the report page, found: {reason}; free space or choose another folder"
+        ) from error
+
+
+def _lower_is_better(metric: str) -> bool:
+    return "error" in metric or "loss" in metric
+
+
+def _gain(metric: str, value: float, than: float) -> float:
+    return than - value if _lower_is_better(metric) else value - than
+
+
+def _words_of(metric: str, score: Score, other: Score) -> str:
+    """How a score stands to another, such as `0.120 higher; the intervals overlap`."""
+    difference = score.value - other.value
+    words = "the same" if difference == 0 else f"{number(abs(difference))} {'higher' if difference > 0 else 'lower'}"
+    if not all(map(math.isfinite, (score.low, score.high, other.low, other.high))):
+        return words
+    apart = score.low > other.high or score.high < other.low
+    return f"{words}; the intervals {'do not overlap' if apart else 'overlap'}"
+
+
+def _verdict(scores: Scores | None) -> str:
+    if not scores:
+        return '<p class="verdict">Not evaluated yet.</p>'
+    metric = next((m for m in _MAIN if m in scores), next(iter(scores)))
+    main, name = scores[metric], escape(metric)
+    if not math.isfinite(main.value):
+        return f'<p class="verdict warn">{name} is undefined on these {main.n} studies.</p>'
+    rows = {r: v[metric] for r, v in scores.comparisons.items() if metric in v and math.isfinite(v[metric].value)}
+    floors = {row: score for row, score in rows.items() if _is_floor(row)}
+    text, warn = f"<b>{name} {number(main.value)}</b>{_interval(main, ' ')}", ""
+    if floors:
+        best = max(floors, key=lambda row: _gain(metric, floors[row].value, 0.0))
+        above = _gain(metric, main.value, floors[best].value) > 0
+        warn = "" if above else " warn"
+        text += (
+            f", {'better' if above else 'not better'} than the best floor, {escape(best)}, at "
+            f"{number(floors[best].value)}: {_words_of(metric, main, floors[best])}."
+        )
+    else:
+        text += f" over {main.n} studies; no floor to compare with."
+    behind = [m for m in scores if m != metric and "/" not in m and _is_behind(scores, m)]
+    if behind:
+        text += f"<br>Not better than the best floor in {escape(', '.join(behind))}."
+    for row in [row for row in rows if row not in floors]:
+        text += f"<br>{escape(row[:1].upper() + row[1:])}: {number(rows[row].value)}, "
+        text += f"{_words_of(metric, rows[row], main)}."
+    return f'<p class="verdict{warn}">{text}</p>'
+
+
+def _is_floor(row: str) -> bool:
+    return row.lower().startswith(_FLOORS)
+
+
+def _is_behind(scores: Scores, metric: str) -> bool:
+    """Whether some floor's value is at least as good."""
+    floors = [values[metric] for row, values in scores.comparisons.items() if _is_floor(row) and metric in values]
+    return any(_gain(metric, scores[metric].value, floor.value) <= 0 for floor in floors)
+
+
+def _interval(score: Score, before: str = "") -> str:
+    if not (math.isfinite(score.low) and math.isfinite(score.high)):
+        return ""
+    return f'{before}<span class="range">{number(score.low)}–{number(score.high)}</span>'
+
+
+def _scores(scores: Scores | None, notes: Sequence[str]) -> str:
+    listed = f'<ul class="notes">{"".join(f"<li>{escape(note)}</li>" for note in notes)}</ul>' if notes else ""
+    if not scores:
+        return listed
+    overall = [m for m in scores if "/" not in m]
+    by_label = ""
+    for measure, names in groupby((m for m in scores if "/" in m), key=lambda m: m.split("/", 1)[0]):
+        own = list(names)
+        table = _label_table(scores, own)
+        by_label += f"<details open><summary>{escape(measure)} by label</summary>{table}</details>"
+    n = max(score.n for score in scores.values())
+    line = f"; the upright line is {escape(scores.title)}" if scores.comparisons else ""
+    caption = (
+        f'<p class="quiet">{n} studies. Beneath each value its 95 % interval by a bootstrap over patients; '
+        f"the dots of a column share one scale{line}.</p>"
+    )
+    return (
+        (_table(scores, overall) if overall else "")
+        + (f'<div class="by-label">{by_label}</div>' if by_label else "")
+        + caption
+        + listed
+    )
+
+
+def _table(scores: Scores, metrics: Sequence[str]) -> str:
+    head = "".join(
+        f'<th scope="col">{escape(m)}{" <i>lower is better</i>" if _lower_is_better(m) else ""}</th>' for m in metrics
+    )
+    lines = []
+    for row, values in scores.rows.items():
+        own = values is scores.scores
+        cells = "".join(_cell(scores, row, m) for m in metrics)
+        lines.append(f'<tr{" class=own" if own else ""}><th scope="row">{escape(row)}</th>{cells}</tr>')
+    return _TABLE.format(head=head, body="".join(lines))
+
+
+def _label_table(scores: Scores, metrics: Sequence[str]) -> str:
+    head = "".join(f'<th scope="col">{escape(row)}</th>' for row in scores.rows)
+    lines = []
+    for metric in metrics:
+        cells = "".join(_cell(scores, row, metric, of=metrics) for row in scores.rows)
+        lines.append(f'<tr><th scope="row">{escape(metric.split("/", 1)[1])}</th>{cells}</tr>')
+    return _TABLE.format(head=head, body="".join(lines))
+
+
+def _cell(scores: Scores, row: str, metric: str, of: Sequence[str] = ()) -> str:
+    """A cell; its strip has the scale of the metrics `of`, by default of this metric, over all rows."""
+    score = scores.rows[row].get(metric)
+    if score is None:
+        return "<td></td>"
+    if not math.isfinite(score.value):
+        return '<td class="quiet">undefined</td>'
+    mark = scores[metric].value if scores.comparisons else math.nan
+    column = [values[m] for values in scores.rows.values() for m in (of or [metric]) if m in values]
+    strip = interval_strip(score, column, mark, filled=row == scores.title)
+    return f'<td><span class="value">{number(score.value)}</span>{_interval(score)}{strip}</td>'
+
+
+def _studies(studies: Sequence[StudyCard]) -> str:
+    if not studies:
+        return ""
+    texts = any(study.reference and study.prediction for study in studies)
+    legend = (
+        '<p class="quiet">In a prediction: <mark class="shared">words that the reference has too</mark>, '
+        "three or more in a row or a whole sentence. In a reference: "
+        '<mark class="missed">what the prediction lacks</mark>.</p>'
+        if texts
+        else ""
+    )
+    written = any(study.reference or study.prediction for study in studies)
+    return f'{legend}<div class="studies{"" if written else " pictures"}">{"".join(map(_study, studies))}</div>'
+
+
+def _study(study: StudyCard) -> str:
+    largest = LARGEST if len(study.images) <= 2 else LARGEST_OF_MANY
+    captions = [*study.captions, *[""] * len(study.images)]
+    images = "".join(
+        f"<figure>{_image(image, largest, f'{study.study_id} {caption}'.strip())}"
+        f"<figcaption>{escape(caption)}</figcaption></figure>"
+        for image, caption in zip(study.images, captions, strict=False)
+    )
+    texts = ""
+    if study.reference or study.prediction:
+        both = bool(study.reference and study.prediction)
+        reference = _marked(study.reference, study.prediction, shared=False) if both else escape(study.reference)
+        prediction = _marked(study.prediction, study.reference, shared=True) if both else escape(study.prediction)
+        empty = '<span class="quiet">empty</span>'
+        texts = (
+            f'<div class="texts"><div><h4>Reference</h4><p>{reference or empty}</p></div>'
+            f"<div><h4>Prediction</h4><p>{prediction or empty}</p></div></div>"
+        )
+    return (
+        f'<article><h3>{escape(study.study_id)}</h3><div class="body"><div class="images">{images}</div>'
+        f'<div class="rest">{texts}{_bars(study)}{_context(study.context)}</div></div></article>'
+    )
+
+
+def _bars(study: StudyCard) -> str:
+    if not study.scores:
+        return ""
+    if len(study.scores) == 1:
+        name, value = next(iter(study.scores.items()))
+        return f'<p class="single">{escape(name)} <b>{number(value)}</b></p>'
+    known = {1: "present", 0: "absent", -1: "uncertain"}
+    head = "<tr><th></th><th></th><th></th><th>reference</th></tr>" if study.labels else ""
+    lines = ""
+    for name, value in study.scores.items():
+        label = study.labels.get(name)
+        truth = known.get(label, "") if label is not None else ""
+        lines += (
+            f'<tr{" class=present" if label == 1 else ""}><th scope="row">{escape(name)}</th>'
+            f"<td>{bar(value)}</td><td>{number(value)}</td>{f'<td>{truth}</td>' if study.labels else ''}</tr>"
+        )
+    return f'<table class="bars">{head}{lines}</table>'
+
+
+def _context(context: Sequence[ContextCard]) -> str:
+    if not context:
+        return ""
+    thumbnails = lines = ""
+    for card in context:
+        pool, name = escape(card.pool), escape(card.study_id)
+        picture = _image(card.image, THUMBNAIL, card.study_id) if card.image is not None else "<span>no image</span>"
+        thumbnails += (
+            f'<figure class="{"normal" if card.pool == "normal" else "other"}" '
+            f'title="{name}: {escape(card.report)}">{picture}<figcaption>{pool}</figcaption></figure>'
+        )
+        lines += f"<li><b>{name}</b> <i>{pool}</i> {escape(card.report)}</li>"
+    counts = ", ".join(
+        f"{sum(card.pool == pool for card in context)} {escape(pool)}"
+        for pool in dict.fromkeys(c.pool for c in context)
+    )
+    return (
+        f'<div class="context"><h4>Context <span class="quiet">{counts}</span></h4>'
+        f'<div class="thumbnails">{thumbnails}</div>'
+        f"<details><summary>their reports</summary><ul>{lines}</ul></details></div>"
+    )
+
+
+def _image(image: np.ndarray, largest: int, description: str) -> str:
+    if image.ndim != 2 or not image.size:
+        raise MedxrayError(f"{description}: expected an image of shape (H, W), found {image.shape}; pass one channel")
+    levels = np.nan_to_num(np.asarray(image, dtype=np.float32), nan=0.0, posinf=1.0, neginf=0.0).clip(0, 1)
+    picture = Image.fromarray((levels * 255).round().astype(np.uint8))
+    scale = largest / max(picture.size)
+    if scale < 1:
+        width, height = (max(1, round(side * scale)) for side in picture.size)
+        picture = picture.resize((width, height), Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG", optimize=True)
+    data = base64.b64encode(buffer.getvalue()).decode("ascii")
+    width, height = picture.size
+    size = f'width="{width}" height="{height}"'
+    return f'<img src="data:image/png;base64,{data}" alt="{escape(description)}" {size}>'
+
+
+def _marked(text: str, other: str, shared: bool) -> str:
+    """The text, escaped, with the words marked that `other` has too (`shared`) or lacks."""
+    there = {run for sentence in _sentences(_tokens(other)) for run in _runs([word for _, word in sentence])}
+    tokens = _tokens(text)
+    common = [False] * len(tokens)
+    for sentence in _sentences(tokens):
+        words = [word for _, word in sentence]
+        length = min(_SHARED_WORDS, len(words))
+        for start in range(len(words) - length + 1):
+            if tuple(words[start : start + length]) in there or ("", *words) in there:
+                for place, _ in sentence[start : start + length]:
+                    common[place] = True
+    marked = [bool(_word(token)) and common[i] == shared for i, token in enumerate(tokens)]
+    # A space between two marked words of a sentence belongs to the mark.
+    for i in range(1, len(tokens) - 1):
+        if tokens[i].isspace() and marked[i - 1] and marked[i + 1]:
+            marked[i] = True
+    kind = "shared" if shared else "missed"
+    pieces = []
+    for is_marked, run in groupby(range(len(tokens)), key=lambda i: marked[i]):
+        piece = escape("".join(tokens[i] for i in run))
+        pieces.append(f'<mark class="{kind}">{piece}</mark>' if is_marked else piece)
+    return "".join(pieces)
+
+
+def _tokens(text: str) -> list[str]:
+    return re.findall(r"\s+|[^\s.;!?]+(?:[.][^\s.;!?]+)*|[.;!?]+", text)
+
+
+def _word(token: str) -> str:
+    return re.sub(r"[^\w]+", "", token.lower())
+
+
+def _sentences(tokens: Sequence[str]) -> list[list[tuple[int, str]]]:
+    """Words with their places, sentence by sentence."""
+    sentences: list[list[tuple[int, str]]] = [[]]
+    for i, token in enumerate(tokens):
+        if re.fullmatch(r"[.;!?]+", token):
+            sentences.append([])
+        elif word := _word(token):
+            sentences[-1].append((i, word))
+    return [sentence for sentence in sentences if sentence]
+
+
+def _runs(words: list[str]) -> list[tuple[str, ...]]:
+    """Every three words in a row, and the whole sentence, told apart by an empty first word."""
+    inside = [tuple(words[i : i + _SHARED_WORDS]) for i in range(len(words) - _SHARED_WORDS + 1)]
+    return [*inside, ("", *words)]

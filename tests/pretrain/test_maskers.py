@@ -1,0 +1,128 @@
+"""Maskers: exact counts, one stream of noise a seed, the rectangle's regions."""
+
+import pytest
+import torch
+
+from medxray import maskers
+from medxray.pretrain import Masking
+from medxray.pretrain.maskers import RandomMasker, RectangleMasker, kept_of, uniform_noise
+from medxray.types import SpecError
+
+GRIDS = [(8, 8), (5, 9), (1, 1), (2, 1)]
+
+
+def splitmix64(seed: int, n: int) -> list[float]:
+    """The first n numbers of the documented stream, in Python's own integers."""
+    wrap = 2**64 - 1
+
+    def mix(z: int) -> int:
+        z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 & wrap
+        z = (z ^ z >> 27) * 0x94D049BB133111EB & wrap
+        return z ^ z >> 31
+
+    return [(mix(mix(seed + 0x9E3779B97F4A7C15 * i & wrap)) >> 40) / 2**24 for i in range(1, n + 1)]
+
+
+@pytest.mark.parametrize("name", sorted({"random", "rectangle"} & set(maskers.names())))
+@pytest.mark.parametrize("grid", GRIDS)
+def test_masking_is_consistent(name: str, grid: tuple[int, int]) -> None:
+    masker = maskers.get(name)()
+    masking = masker(None, 3, grid, torch.tensor([5, 6, 7]))
+    n = grid[0] * grid[1]
+    assert masking.keep.shape[0] == 3 and masking.keep.shape[1] >= 1
+    assert torch.equal(masking.restore.sort(dim=1).values, torch.arange(n).expand(3, -1))
+    assert torch.equal(masking.mask.sum(1), torch.full((3,), float(n - masking.keep.shape[1])))
+    assert torch.equal(masking.mask.gather(1, masking.keep), torch.zeros(masking.keep.shape))
+    places = masking.restore.gather(1, masking.keep)
+    assert torch.equal(places, torch.arange(masking.keep.shape[1]).expand(3, -1))
+
+
+@pytest.mark.parametrize("name", sorted({"random", "rectangle"} & set(maskers.names())))
+def test_a_mask_follows_from_its_seed_alone(name: str) -> None:
+    masker = maskers.get(name)()
+    together = masker(None, 2, (8, 8), torch.tensor([11, -4]))
+    alone = masker(None, 1, (8, 8), torch.tensor([-4]))
+    assert all(torch.equal(a[1:], b) for a, b in zip(together, alone, strict=True))
+    assert not torch.equal(together.mask[0], together.mask[1])
+    drawn = [masker(None, 2, (8, 8), torch.Generator().manual_seed(3)) for _ in range(2)]
+    assert all(torch.equal(a, b) for a, b in zip(*drawn, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("n", "ratio", "kept"), [(6400, 0.9, 640), (6400, 0.75, 1600), (130, 0.95, 6), (270, 0.85, 40)]
+)
+def test_counts_are_safe_from_binary_fractions(n: int, ratio: float, kept: int) -> None:
+    assert kept_of(n, ratio) == kept
+
+
+def test_ratios_are_checked() -> None:
+    with pytest.raises(ValueError, match=r"ratio must be in \[0, 1\), found 1.2"):
+        RandomMasker(1.2)
+    with pytest.raises(ValueError, match=r"outer must be in \[0, 1\), found 1"):
+        RectangleMasker(outer=1)
+    with pytest.raises((SpecError, ValueError)):
+        maskers.settings_of("random")(ratio=1.2)
+
+
+def test_noise_decides() -> None:
+    noise = torch.tensor([[0.9, 0.1, 0.5, 0.3]])
+    masking = RandomMasker(0.5).choose(noise, (2, 2))
+    assert masking == Masking(masking.keep, masking.restore, masking.mask)
+    assert masking.keep.tolist() == [[1, 3]]
+    assert masking.restore.tolist() == [[3, 0, 2, 1]]
+    assert masking.mask.tolist() == [[1, 0, 1, 0]]
+
+
+def test_rectangle_of_the_release() -> None:
+    """Grid 20 x 20: rows 6 to 15, columns 3 to 15, 6 of 130 tokens and 40 of 270 kept."""
+    inside = RectangleMasker().inside((20, 20)).view(20, 20)
+    rows, columns = inside.nonzero(as_tuple=True)
+    assert (rows.min(), rows.max(), columns.min(), columns.max()) == (6, 15, 3, 15)
+    assert inside.sum() == 130
+    masking = RectangleMasker()(None, 4, (20, 20), torch.arange(4))
+    visible = 1 - masking.mask
+    assert torch.equal((visible * inside.flatten()).sum(1), torch.full((4,), 6.0))
+    assert torch.equal((visible * ~inside.flatten()).sum(1), torch.full((4,), 40.0))
+    kept_inside = inside.flatten()[masking.keep]
+    assert torch.equal(kept_inside, (torch.arange(46) >= 40).expand(4, -1))
+
+
+def test_rectangle_takes_its_rows_from_the_height() -> None:
+    inside = RectangleMasker().inside((4, 16)).view(4, 16)
+    rows, columns = inside.nonzero(as_tuple=True)
+    assert (rows.min(), rows.max(), columns.min(), columns.max()) == (2, 3, 3, 12)
+
+
+def test_seeded_noise_is_splitmix64() -> None:
+    seeds = [0, 1, 42, 2**62, -1]
+    noise = uniform_noise(torch.tensor(seeds), len(seeds), 50)
+    expected = torch.tensor([splitmix64(seed, 50) for seed in seeds])
+    assert noise.dtype == torch.float32
+    assert torch.equal(noise, expected)
+
+
+def test_seeded_noise_is_uniform_and_independent() -> None:
+    """Seeds side by side are the hard case: they are what neighbouring studies and views have."""
+    rows, n = 400, 2000
+    noise = uniform_noise(torch.arange(rows), rows, n).double()
+    assert noise.min() >= 0 and noise.max() < 1
+    cells = 64
+    counts = torch.bincount((noise.flatten() * cells).long(), minlength=cells).double()
+    expected = noise.numel() / cells
+    chi2 = ((counts - expected) ** 2 / expected).sum()
+    # 63 degrees of freedom: mean 63, deviation 11.2.
+    assert 63 - 5 * 11.2 < chi2 < 63 + 5 * 11.2
+    z = (noise - 0.5) * 12**0.5
+    bound = 5
+    for first, second in ((z[:, :-1], z[:, 1:]), (z[:-1], z[1:]), (z[:-1, :-1], z[1:, 1:]), (z[:-1, 1:], z[1:, :-1])):
+        assert abs((first * second).mean()) * first.numel() ** 0.5 < bound
+    # No token of the grid is favoured over the seeds, and no seed over the tokens.
+    assert (z.mean(0).abs() * rows**0.5).max() < bound
+    assert (z.mean(1).abs() * n**0.5).max() < bound
+
+
+def test_every_token_is_kept_as_often() -> None:
+    masking = RandomMasker(0.75)(None, 4000, (4, 4), torch.arange(4000))
+    share = 1 - masking.mask.mean(0)
+    deviation = (0.25 * 0.75 / 4000) ** 0.5
+    assert ((share - 0.25).abs() < 5 * deviation).all()

@@ -1,0 +1,113 @@
+"""Charts: what they draw, and that odd data do not break them."""
+
+import math
+import re
+import xml.etree.ElementTree as ET
+
+import pytest
+
+from medxray.types import Score
+from medxray.visual.charts import Series, bar, interval_strip, line_chart, number, training_curves
+
+NAN = math.nan
+
+
+def svg(figure: str) -> ET.Element:
+    found = ET.fromstring(figure).find("svg")
+    assert found is not None
+    assert "nan" not in ET.tostring(found, encoding="unicode")
+    return found
+
+
+def line_of(figure: str) -> str:
+    return next(p.get("d", "") for g in svg(figure).iter("g") for p in g.iter("path"))
+
+
+def circles(figure: str) -> int:
+    return len(list(svg(figure).iter("circle")))
+
+
+def test_a_line_rises_when_its_values_do():
+    places = re.findall(r"([\d.]+) ([\d.]+)", line_of(line_chart("loss", [Series("train", [(0, 1), (5, 2), (10, 4)])])))
+    x, y = zip(*[(float(a), float(b)) for a, b in places], strict=True)
+    assert len(x) == 3 and x[1] - x[0] == pytest.approx(x[2] - x[1], abs=0.2)
+    assert y[1] - y[2] == pytest.approx(2 * (y[0] - y[1]), abs=0.3) and y[0] > y[1]
+
+
+def test_axes_are_labelled():
+    texts = [t.text for t in svg(line_chart("loss", [Series("train", [(0, 0.91), (600, 0.95)])])).iter("text")]
+    assert {"step", "0", "200", "600", "0.91", "0.95"} <= set(texts)
+
+
+@pytest.mark.parametrize("value", [0.0, 2.5, -3.0, 1e-9, 1e12])
+def test_one_point_is_drawn(value):
+    assert circles(line_chart("loss", [Series("train", [(10, value)])])) == 1
+
+
+def test_what_is_not_finite_breaks_the_line_and_is_counted():
+    points = [(1, 1.0), (2, 2.0), (3, NAN), (4, 1.0), (5, math.inf), (6, 2.0), (7, 1.0)]
+    figure = line_chart("loss", [Series("train", points)])
+    assert line_of(figure).count("M") == 2 and circles(figure) == 1
+    assert "2 not finite" in figure
+
+
+@pytest.mark.parametrize("points", [[], [(1, NAN)]])
+def test_nothing_to_draw_says_so(points):
+    assert "no values yet" in line_chart("loss", [Series("train", points)])
+
+
+def test_long_lines_are_thinned_to_their_means():
+    figure = line_chart("loss", [Series("train", [(i, float(i % 2)) for i in range(24_000)])])
+    assert line_of(figure).count("L") == 239
+    assert len({y for _, y in re.findall(r"([\d.]+) ([\d.]+)", line_of(figure))}) == 1
+
+
+def test_training_curves():
+    log = [
+        {"step": 10, "loss": 1.2, "learning_rate": 1e-3, "epoch": 0.1},
+        {"step": 20, "loss": 1.0, "learning_rate": 5e-4, "epoch": 0.2},
+        {"step": 20, "eval_loss": 0.9, "eval_bleu-4": 0.1, "eval_runtime": 3.0},
+        {"step": 20, "train_runtime": 9.0, "train_loss": 1.1, "note": "done", "ok": True},
+        {"loss": 5.0},
+    ]
+    titles = [ET.fromstring(c).findtext("figcaption/b") for c in training_curves(log)]
+    assert titles == ["loss", "bleu-4", "learning rate"]
+    assert [e.get("class") for e in svg(training_curves(log)[0]).iter("g")] == [
+        "series plain",
+        "series dotted",
+    ]
+    assert training_curves([]) == []
+
+
+def test_names_are_escaped():
+    assert "<script>" not in line_chart("<script>", [Series("<script>", [(1, 1.0)])], "<script>")
+
+
+def test_interval_strip_places_dots_on_the_common_scale():
+    low, high = Score(0.1, 0.0, 0.2, 9), Score(0.9, 0.8, 1.0, 9)
+    dots = [
+        float(re.search(r'cx="([\d.]+)"', interval_strip(s, [low, high], high.value, False))[1]) for s in (low, high)
+    ]
+    assert dots == [14.0, 86.0]
+    assert interval_strip(Score(NAN, NAN, NAN, 9), [low], NAN, True) == ""
+    assert "interval" not in interval_strip(Score(0.5, NAN, NAN, 9), [low], NAN, True)
+    assert "NaN" not in interval_strip(Score(0.5, 0.5, 0.5, 9), [Score(0.5, 0.5, 0.5, 9)], 0.5, True)
+
+
+def test_bar_is_cut_to_its_range():
+    assert [re.search(r'fill" width="([\d.]+)"', bar(v))[1] for v in (-1, 0.25, 7, NAN)] == [
+        "0.0",
+        "25.0",
+        "100.0",
+        "0.0",
+    ]
+
+
+def test_numbers():
+    assert [number(v) for v in (0.12345, 0.0, 1e-5, 123456.0, NAN)] == [
+        "0.123",
+        "0.000",
+        "1e-5",
+        "1.23e5",
+        "undefined",
+    ]
