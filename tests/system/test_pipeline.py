@@ -70,7 +70,10 @@ def test_a_new_process_and_another_batch_size_say_the_same(fitted: medxray.Pipel
     fitted.spec.generation.batch_size = 1
     assert [p.text for p in fitted.predict(files)] == sixteen
     fitted.spec.generation.batch_size = 16
-    code = "import json, sys, medxray; p = medxray.load(sys.argv[1]); print(json.dumps([r.text for r in p.predict(sys.argv[2:])]))"
+    code = (
+        "import json, sys, medxray; p = medxray.load(sys.argv[1]); "
+        "print(json.dumps([r.text for r in p.predict(sys.argv[2:])]))"
+    )
     done = subprocess.run(
         [sys.executable, "-c", code, str(fitted.folder), *files], capture_output=True, text=True, check=True
     )
@@ -125,7 +128,10 @@ def test_own_encoder_three_ways(phantom: Path, tmp_path: Path, monkeypatch: pyte
 def test_a_run_feeds_the_next_and_frozen_features_are_computed_once(
     phantom: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    base = spec(phantom, tmp_path / "pretrain", task="pretrain", metrics=["reconstruction"], training={"steps": 2, "batch_size": 8})
+    base = spec(
+        phantom, tmp_path / "pretrain", task="pretrain", metrics=["reconstruction"],
+        training={"steps": 2, "batch_size": 8},
+    )  # fmt: skip
     for key in ("retriever", "decoder", "generation"):
         base.pop(key)
     first = medxray.build(base).fit(progress=False)

@@ -9,6 +9,7 @@ from medxray.retrieval import Residual
 from medxray.types import Context
 
 
+@torch.no_grad()
 def context_tokens(
     mode: Residual,
     pooled: Tensor,
@@ -16,7 +17,7 @@ def context_tokens(
     project: Callable[[Tensor], Tensor],
     wrap: Callable[[Tensor, str], Tensor],
 ) -> Tensor:
-    """Tokens (B, T, D_llm) that stand before the main prompt.
+    """Tokens (B, T, D_llm) that stand before the main prompt; no gradient flows through them, as in the release.
 
     Args:
         mode: `release` wraps every sample c by itself, a normal one and a diseased one in turn, and takes each
@@ -31,7 +32,7 @@ def context_tokens(
     query = pooled[:, None]
     pools = {"negative": context.negative, "positive": context.positive}
     if mode == "release":
-        vectors = {pool: project(samples).detach() for pool, samples in pools.items()}
+        vectors = {pool: project(samples) for pool, samples in pools.items()}
         most = max(samples.shape[1] for samples in vectors.values())
         turns = [
             wrap(samples[:, i : i + 1], pool)
@@ -43,5 +44,5 @@ def context_tokens(
     if mode == "before_projection":
         vectors = {pool: project(query - samples) for pool, samples in pools.items()}
     else:
-        vectors = {pool: project(query) - project(samples).detach() for pool, samples in pools.items()}
+        vectors = {pool: project(query) - project(samples) for pool, samples in pools.items()}
     return torch.cat([wrap(samples, pool) for pool, samples in vectors.items() if samples.shape[1]], dim=1)
