@@ -1,6 +1,6 @@
 """Everything in small, from made-up radiographs to reports, in a few minutes on a laptop."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -8,20 +8,27 @@ from medxray.pipeline import Pipeline, build
 from medxray.types import Scores
 
 
-def run(folder: Path, *, progress: bool = True, say: Callable[[str], None] = print) -> Scores:
+def run(
+    folder: Path,
+    *,
+    reader: Mapping[str, Any] | None = None,
+    progress: bool = True,
+    say: Callable[[str], None] = print,
+) -> Scores:
     """Makes data, pre-trains, classifies, fits R2GenCSR with and without its retriever, evaluates and predicts.
 
     What is finished already is not done again, so that a second call takes seconds.
 
     Args:
         folder: gets data/, pretrain/, classify/, r2gencsr/ and no-retriever/.
+        reader: settings of `data.reader` in place of the specs' own.
         progress: show bars.
         say: takes each line of the summary.
 
     Returns:
         The scores of R2GenCSR on the test patients, with the fit without a retriever as one row more.
     """
-    data = {"reader": {"root": str(folder / "data")}}
+    data = {"reader": {"root": str(folder / "data"), **(reader or {})}}
 
     def build_in(spec: str, run: str, **overrides: Any) -> Pipeline:
         return build(spec, {"data": data, "name": run, "output": str(folder / run), **overrides})

@@ -123,7 +123,7 @@ class Pipeline:
     def studies(self) -> Studies:
         """The data set, read and checked on first use."""
         if self._studies is None:
-            self._studies = load_studies(self.spec.data)
+            self._studies = load_studies(self.spec.data, reports=TASKS.get(self.spec.task).reports)
         return self._studies
 
     def images(self, split: str, *, train: bool = False) -> StudyImages:

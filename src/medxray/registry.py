@@ -192,7 +192,8 @@ class Registry(Generic[Base]):
             fields[key] = (strict(hints[key]), Field(default, description=descriptions.get(key)))
         make: Any = create_model
         model: type[Settings] = make(f"{cls.__name__}Settings", __base__=self.settings, **fields)
-        model.__doc__ = (cls.__doc__ or "").strip().split("\n")[0]
+        paragraph = " ".join((cls.__doc__ or "").split("\n\n")[0].split())
+        model.__doc__ = re.split(r"(?<=[.;]) (?=[A-Z])", paragraph)[0]
         return model
 
 

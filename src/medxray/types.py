@@ -168,6 +168,8 @@ class Score:
     def __str__(self) -> str:
         if self.value != self.value:
             return "undefined"
+        if self.low != self.low:
+            return f"{self.value:.3f}"
         return f"{self.value:.3f} ({self.low:.3f}-{self.high:.3f})"
 
 

@@ -1,5 +1,7 @@
 """Classification heads."""
 
+from typing import Literal
+
 from torch import Tensor, nn
 
 from medxray.classify import Head
@@ -7,14 +9,17 @@ from medxray.types import Features
 
 
 class LinearHead(Head):
-    """LayerNorm, dropout and one linear layer on the pooled vector.
+    """LayerNorm, dropout and one linear layer on one vector an image.
 
     Args:
+        pooling: the encoder's own pooled vector, or the largest value of each channel over the tokens, by which a
+            small finding counts as much as a large one.
         dropout: share of the pooled vector that is dropped while training.
     """
 
-    def __init__(self, width: int, classes: int, dropout: float = 0.0) -> None:
+    def __init__(self, width: int, classes: int, pooling: Literal["encoder", "max"] = "encoder", dropout: float = 0.0) -> None:
         super().__init__()
+        self.pooling = pooling
         self.norm = nn.LayerNorm(width)
         self.dropout = nn.Dropout(dropout)
         self.linear = nn.Linear(width, classes)
@@ -22,5 +27,6 @@ class LinearHead(Head):
         nn.init.zeros_(self.linear.bias)
 
     def forward(self, features: Features) -> Tensor:
-        logits: Tensor = self.linear(self.dropout(self.norm(features.pooled)))
+        pooled = features.pooled if self.pooling == "encoder" else features.tokens.amax(1)
+        logits: Tensor = self.linear(self.dropout(self.norm(pooled)))
         return logits

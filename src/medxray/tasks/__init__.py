@@ -30,10 +30,12 @@ class Task(nn.Module, ABC):
         sections: the spec's sections that the task uses, each with the part that it takes when the spec
             names none: None where one must be named, {} where the section may be absent.
         metrics: names of the metrics when a spec lists none.
+        reports: whether every study must have a report.
     """
 
     sections: ClassVar[dict[str, dict[str, Any] | None]]
     metrics: ClassVar[tuple[str, ...]]
+    reports: ClassVar[bool] = False
 
     def __init__(self, spec: Spec, encoder: Encoder | None = None) -> None:
         super().__init__()

@@ -33,6 +33,7 @@ class Report(Task):
         "decoder": None,
     }
     metrics = ("bleu", "rouge-l", "cider")
+    reports = True
 
     def __init__(self, spec: Spec, encoder: Encoder | None = None) -> None:
         super().__init__(spec, encoder)
