@@ -81,7 +81,9 @@ def test_a_part_that_refuses_its_values_says_which(pumps: Registry[Pump]) -> Non
 @pytest.mark.parametrize("section", SECTIONS)
 def test_every_packaged_part_loads_and_is_described(section: str) -> None:
     registry = registry_of(section)
-    for name in registry.names():
+    packaged = [name for name in registry.names() if registry.get(name).__module__.startswith("medxray.")]
+    assert packaged
+    for name in packaged:
         model = registry.settings_of(name)
         assert model.__doc__, f"{section} {name} has no docstring"
         if section != "task":
