@@ -66,7 +66,7 @@ def test_what_is_known_without_data(spec: Path) -> None:
 MISTAKES = {
     "spec": (["fit", "r2gencsr-fantom"], "did you mean 'r2gencsr-phantom'"),
     "setting": (["fit", "{spec}", "encoder.depht=2"], "encoder.depht: unknown setting of 'vit'; did you mean 'depth'"),
-    "run": (["evaluate", "{folder}/nothing"], "unknown spec"),
+    "run": (["evaluate", "{folder}/nothing"], "no run folder"),
     "not fitted": (["evaluate", "{spec}", "output={folder}/never"], "is not fitted yet"),
     "another spec": (["fit", "{spec}", "seed=9"], "belongs to another spec (seed: 42 there, 9 here)"),
     "image": (["predict", "{folder}/run", "{spec}"], "tiny.yaml"),

@@ -178,6 +178,8 @@ def _open(run: str, settings: list[str] | None) -> Any:
         if settings:
             raise RunError(f"{run} is a run folder, which has its settings; leave out {settings[0]!r}, or name the spec")
         return medxray.load(run)
+    if len(Path(run).parts) > 1 and not Path(run).exists():
+        raise RunError(f"no run folder {run}; fit first, or name one (it is taken from {Path.cwd()})")
     return medxray.build(run, settings)
 
 

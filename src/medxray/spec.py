@@ -311,14 +311,14 @@ def _load(source: "str | Path | Mapping[str, Any] | Spec") -> dict[str, Any]:
     if isinstance(source, Mapping):
         return _plain(source)
     path = Path(source)
-    if path.suffix not in (".yaml", ".yml") and not path.is_file():
-        names = packaged()
-        if str(source) not in names:
-            raise SpecError(
-                f"unknown spec {str(source)!r}{nearest(str(source), names)}; "
-                f"expected a YAML file or one of {', '.join(names)}"
-            )
+    names = packaged()
+    if str(source) in names:
         path = names[str(source)]
+    elif path.suffix not in (".yaml", ".yml") and not path.exists():
+        raise SpecError(
+            f"unknown spec {str(source)!r}{nearest(str(source), names)}; "
+            f"expected a YAML file, a run folder or one of {', '.join(names)}"
+        )
     if path.is_dir():
         path = path / "spec.yaml"
     try:

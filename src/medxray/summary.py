@@ -26,7 +26,8 @@ def summarise(pipeline: Pipeline) -> dict[str, str]:
     device = next(task.encoder.parameters()).device
     images = torch.zeros(1, task.encoder.channels, height, width, device=device)
     kept = _Kept()
-    task.encoder.train()
+    # Norms that learn from a batch must not learn from a black image; recomputation happens only while training.
+    task.encoder.train(bool(getattr(task.encoder, "gradient_checkpointing", False)))
     with kept, torch.set_grad_enabled(not task.frozen_encoder):
         features = task.encoder(images)
     task.encoder.eval()
