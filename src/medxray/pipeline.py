@@ -230,6 +230,7 @@ class Pipeline:
         if split is None:
             split = "test" if len(self.studies.splits.get("test", ())) else "val"
         task, images, train = self.task, self.images(split), self.images("train").still()
+        val = self.images("val") if split != "val" and len(self.studies.splits["val"]) else images
         metrics, groups = self._metrics(), images.patient_ids
         predictions = self._predict_all(task.predict, images, "evaluate", progress)
         references = task.targets(images)
@@ -237,7 +238,7 @@ class Pipeline:
         def table(outputs: list[Any]) -> dict[str, Any]:
             return score_all(metrics, outputs, references, groups, seed=self.spec.seed)
 
-        comparisons = {row: table(made) for row, made in task.floors(train, images, predictions).items()}
+        comparisons = {row: table(made) for row, made in task.floors(train, val, images).items()}
         for row, predict in task.ablations().items():
             comparisons[row] = table(task.outputs(self._predict_all(predict, images, row, progress)))
         for row, other in (beside or {}).items():

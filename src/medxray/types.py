@@ -4,6 +4,7 @@ N tokens, D width, L sequence, K classes."""
 from __future__ import annotations
 
 import dataclasses
+import textwrap
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypedDict
@@ -232,17 +233,17 @@ class Scores(Mapping[str, Score]):
         )
 
     def __str__(self) -> str:
-        metrics = list(self.scores)
-        table = [["", *metrics]]
-        for row, values in self.rows.items():
-            table.append([row, *(str(values[m]) if m in values else "" for m in metrics)])
-        # Metrics run down and systems across when there are more metrics than systems.
-        if len(metrics) > len(table) - 1:
-            table = [list(column) for column in zip(*table, strict=True)]
-        widths = [max(len(line[i]) for line in table) for i in range(len(table[0]))]
-        lines = [
-            "  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in table
+        """A metric a line; what the system is compared with without intervals, so that a terminal holds the table."""
+        columns = [["", *self.scores], [self.title, *map(str, self.scores.values())]]
+        columns += [
+            [row, *(f"{values[m].value:.3f}" if m in values else "" for m in self.scores)]
+            for row, values in self.comparisons.items()
         ]
+        headers = [textwrap.wrap(column[0], 14, break_long_words=False) for column in columns]
+        height = max(map(len, headers))
+        cells = [[""] * (height - len(header)) + header + column[1:] for header, column in zip(headers, columns, strict=True)]
+        padded = [[cell.ljust(max(map(len, column))) for cell in column] for column in cells]
+        lines = ["  ".join(line).rstrip() for line in zip(*padded, strict=True)]
         n = max((score.n for score in self.scores.values()), default=0)
         lines.append(f"n = {n} studies; 95 % intervals by bootstrap over patients")
         return "\n".join(lines + self.notes)

@@ -123,8 +123,9 @@ class Task(nn.Module, ABC):
     def outputs(self, predictions: Sequence[Prediction]) -> list[Any]:
         """Predictions in the form that the task's metrics take."""
 
-    def floors(self, train: StudyImages, images: StudyImages, predictions: Sequence[Prediction]) -> dict[str, list[Any]]:
-        """Outputs of systems that a fit must beat: row of the table -> outputs, one a study."""
+    def floors(self, train: StudyImages, val: StudyImages, images: StudyImages) -> dict[str, list[Any]]:
+        """Outputs of systems that a fit must beat: row of the table -> outputs, one for each study of `images`.
+        Whatever a floor chooses, it chooses from `train` and by `val`."""
         return {}
 
     def ablations(self) -> dict[str, Callable[[Batch], list[Prediction]]]:

@@ -160,9 +160,7 @@ class Report(Task):
     def outputs(self, predictions: Sequence[Prediction]) -> list[str]:
         return [prediction.text for prediction in predictions]
 
-    def floors(
-        self, train: StudyImages, images: StudyImages, predictions: Sequence[Prediction]
-    ) -> dict[str, list[str]]:
+    def floors(self, train: StudyImages, val: StudyImages, images: StudyImages) -> dict[str, list[str]]:
         from medxray.metrics.text import best_constant
 
         n, reports = len(images), list(train.reports)
@@ -171,7 +169,7 @@ class Report(Task):
             counts[report] = counts.get(report, 0) + 1
         nearest = nearest_pixels(train.thumbnails(), images.thumbnails())
         return {
-            "best constant report": [best_constant(reports, list(images.reports))] * n,
+            "best constant report": [best_constant(reports, list(val.reports))] * n,
             "most frequent report": [max(counts, key=lambda report: counts[report])] * n,
             "nearest image's report": [reports[i] for i in nearest],
         }
