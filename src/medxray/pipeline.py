@@ -19,10 +19,11 @@ from medxray.encoders.adapt import as_encoder
 from medxray.encoders.frozen import compute_once
 from medxray.metrics import METRICS, Metric
 from medxray.metrics.intervals import score_all
+from medxray.registry import nearest
 from medxray.spec import Overrides, Spec
 from medxray.tasks import TASKS, Task
 from medxray.training import fit, load_trained, save_trained
-from medxray.types import Batch, Prediction, RunError, Scores
+from medxray.types import Batch, Prediction, RunError, Scores, SpecError
 from medxray.visual.report_page import report_page
 
 CARDS = 24
@@ -174,15 +175,20 @@ class Pipeline:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.spec.seed)
             task.prepare(self.studies)
+        metrics, select = self._metrics(), self.spec.training.select
+        chooser = next((m for m in metrics if select in m.values), None)
+        if chooser is None and select != "loss":
+            known = ["loss", *(value for metric in metrics for value in metric.values)]
+            raise SpecError(
+                f"training.select: validation has no metric {select!r}{nearest(select, known)} "
+                f"(found: {', '.join(known)}); name one of them, or add it to metrics"
+            )
         task.to(next(task.encoder.parameters()).device)
         train, val = self.images("train", train=True), self.images("val")
         if self.spec.training.validation_studies is not None:
             val = val.still(range(min(len(val), self.spec.training.validation_studies)))
         if _is_main():
             self._begin()
-        metrics = self._metrics()
-        select = self.spec.training.select
-        chooser = next((m for m in metrics if select in m.values), None)
 
         def validate() -> dict[str, float]:
             found = {"loss": validation_loss(task, val, self.spec.training.batch_size)}

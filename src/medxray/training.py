@@ -479,7 +479,9 @@ def _reporters() -> list[str]:
 def _checkpoint_activations(task: Task) -> None:
     module: Any
     for module in task.modules():
-        if hasattr(module, "gradient_checkpointing_enable"):
+        if hasattr(module, "activation_checkpointing_enable"):  # transformers' newer name
+            module.activation_checkpointing_enable({"use_reentrant": False})
+        elif hasattr(module, "gradient_checkpointing_enable"):
             module.gradient_checkpointing_enable({"use_reentrant": False})
         elif isinstance(getattr(module, "gradient_checkpointing", None), bool):
             module.gradient_checkpointing = True  # type: ignore[assignment]

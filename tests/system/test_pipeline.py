@@ -188,3 +188,18 @@ def test_an_encoder_that_disagrees_with_what_it_declares(phantom: Path, tmp_path
 
     with pytest.raises(SpecError, match=r"encoder Wrong: tokens of shape \(B, N, 8\) were expected .* found \(.*4\)"):
         medxray.build(spec(phantom, tmp_path / "run"), encoder=Wrong()).fit(progress=False)
+
+
+def test_the_best_model_is_chosen_by_a_named_metric(phantom: Path, tmp_path: Path) -> None:
+    base = spec(phantom, tmp_path / "run", training={"steps": 4, "batch_size": 8, "evaluate_steps": 2, "save_steps": 2})
+    base["training"]["validation_studies"] = 4
+    wrong = {**base, "training": {**base["training"], "select": "blue-4"}}
+    with pytest.raises(SpecError, match=r"training\.select: .*'blue-4'; did you mean 'bleu-4'"):
+        medxray.build(wrong).fit(progress=False)
+    assert not (tmp_path / "run").exists()
+    base["training"]["select"] = "bleu-1"
+    medxray.build(base).fit(progress=False)
+    rows = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    values = {row["step"]: row["eval_bleu-1"] for row in rows if "eval_bleu-1" in row}
+    state = json.loads((tmp_path / "run" / "checkpoints" / "step-00000004" / "trainer_state.json").read_text())
+    assert len(values) == 2 and state["best_metric"] == max(values.values())

@@ -43,7 +43,6 @@ class CausalLM(ReportDecoder):
         trainable: train the language model too.
         prompt: the words around image and context.
         max_length: report tokens that are learned at most, the end sign not counted.
-        gradient_checkpointing: recompute the language model's activations to save memory.
     """
 
     def __init__(
@@ -56,7 +55,6 @@ class CausalLM(ReportDecoder):
         trainable: bool = False,
         prompt: Literal["r2gengpt", "bare"] = "r2gengpt",
         max_length: int = 100,
-        gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__()
         if (model is None) == (config is None):
@@ -81,8 +79,6 @@ class CausalLM(ReportDecoder):
         if self.frozen:
             self.llm.requires_grad_(False)
             self.llm.eval()
-        if gradient_checkpointing:
-            self.llm.gradient_checkpointing_enable({"use_reentrant": False})
         self.width = int(self.llm.get_input_embeddings().weight.shape[1])
         self.vocabulary = int(self.llm.get_input_embeddings().weight.shape[0])
 
