@@ -213,13 +213,20 @@ def strict(annotation: Any) -> Any:
 
 def describe(field: FieldInfo) -> str:
     """A field's type in words that a spec's author knows."""
-    text = str(field.annotation)
-    if isinstance(field.annotation, type) and not typing.get_args(field.annotation):
-        text = field.annotation.__name__
-    text = re.sub(r"(typing|types|builtins|collections\.abc)\.", "", text)
-    text = re.sub(r"Annotated\[([^,\[\]]+), Strict\([^)]*\)\]", r"\1", text)
-    text = re.sub(r"Optional\[(.+)\]", r"\1 | None", text)
-    return re.sub(r"Literal\[(.+?)\]", lambda m: " | ".join(m[1].split(", ")), text)
+    return _words(field.annotation)
+
+
+def _words(annotation: Any) -> str:
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is Annotated:
+        return _words(arguments[0])
+    if origin is typing.Literal:
+        return " | ".join(map(repr, arguments))
+    if origin in (typing.Union, types.UnionType):
+        return " | ".join(map(_words, arguments))
+    if origin is not None:
+        return f"{origin.__name__}[{', '.join(map(_words, arguments))}]"
+    return "None" if annotation is type(None) else getattr(annotation, "__name__", str(annotation))
 
 
 def _documented_arguments(doc: str) -> dict[str, str]:
