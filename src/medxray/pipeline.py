@@ -184,6 +184,7 @@ class Pipeline:
                 f"(found: {', '.join(known)}); name one of them, or add it to metrics"
             )
         task.to(next(task.encoder.parameters()).device)
+        task.check_encoder()
         train, val = self.images("train", train=True), self.images("val")
         if self.spec.training.validation_studies is not None:
             val = val.still(range(min(len(val), self.spec.training.validation_studies)))

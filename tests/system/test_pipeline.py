@@ -142,7 +142,13 @@ def test_a_run_feeds_the_next_and_frozen_features_are_computed_once(
         assert torch.equal(a, b)
     seen = []
     forward = type(second.task.encoder).forward
-    monkeypatch.setattr(type(second.task.encoder), "forward", lambda self, x: seen.append(len(x)) or forward(self, x))
+
+    def counted(self: Any, images: torch.Tensor) -> medxray.Features:
+        # The blank image that every encoder is tried on does not count.
+        seen.append(int(images.flatten(1).any(1).sum()))
+        return forward(self, images)
+
+    monkeypatch.setattr(type(second.task.encoder), "forward", counted)
     second.fit(progress=False)
     once = sum(seen)
     studies = second.studies
@@ -203,3 +209,21 @@ def test_the_best_model_is_chosen_by_a_named_metric(phantom: Path, tmp_path: Pat
     values = {row["step"]: row["eval_bleu-1"] for row in rows if "eval_bleu-1" in row}
     state = json.loads((tmp_path / "run" / "checkpoints" / "step-00000004" / "trainer_state.json").read_text())
     assert len(values) == 2 and state["best_metric"] == max(values.values())
+
+
+def test_an_encoder_that_is_not_what_it_declares_leaves_nothing_behind(phantom: Path, tmp_path: Path) -> None:
+    class Wrong(medxray.Encoder):
+        def __init__(self, makes: int, takes: int = 16) -> None:
+            super().__init__()
+            self.width, self.stride = 8, 16
+            self.layer = torch.nn.Conv2d(1, makes, takes, takes)
+
+        def forward(self, images: torch.Tensor) -> medxray.Features:
+            maps = self.layer(images)
+            tokens = maps.flatten(2).transpose(1, 2)
+            return medxray.Features(tokens, (maps.shape[2], maps.shape[3]), tokens.mean(1))
+
+    for encoder, message in ((Wrong(4), r"\(B, N, 8\) were expected"), (Wrong(8, 99), "encoder Wrong fails on an image")):
+        with pytest.raises(SpecError, match=message):
+            medxray.build(spec(phantom, tmp_path / "run"), encoder=encoder).fit(progress=False)
+        assert not (tmp_path / "run").exists()
