@@ -400,9 +400,9 @@ class Pipeline:
             self.folder.mkdir(parents=True, exist_ok=True)
             _write(self.folder / "spec.yaml", self.spec.to_yaml())
             _write_json(self.folder / "environment.json", environment())
-            _write(
-                self.folder / "skipped.jsonl", "".join(json.dumps(row) + "\n" for row in self.studies.skipped)
-            ) if self.studies.skipped else None
+            if self.studies.skipped:
+                rows = "".join(json.dumps(row) + "\n" for row in self.studies.skipped)
+                _write(self.folder / "skipped.jsonl", rows)
         except OSError as error:
             raise RunError(
                 f"run folder {self.folder} cannot be written: {error.strerror}; name another with output=..."

@@ -2,11 +2,12 @@
 
 from abc import ABC, abstractmethod
 
+import torch
 from pydantic import Field
 from torch import Tensor, nn
 
 from medxray.registry import Registry, Settings
-from medxray.types import Features
+from medxray.types import Features, MedxrayError, SpecError
 
 
 class Encoder(nn.Module, ABC):
@@ -77,6 +78,28 @@ ENCODERS: Registry[Encoder] = Registry(
     settings=EncoderSettings,
 )
 register, get, names = ENCODERS.register, ENCODERS.get, ENCODERS.names
+
+
+@torch.no_grad()
+def tried(encoder: Encoder, height: int, width: int, name: str | None = None) -> Features:
+    """What an encoder makes of one black image of height x width pixels.
+
+    Raises:
+        SpecError: it fails on it.
+    """
+    name, training = name or type(encoder).__name__, encoder.training
+    shape = (1, encoder.channels, height, width)
+    device = next((p.device for p in encoder.parameters()), torch.device("cpu"))
+    try:
+        return encoder.eval()(torch.zeros(shape, device=device))
+    except MedxrayError:
+        raise
+    except Exception as error:
+        raise SpecError(
+            f"encoder {name} fails on an image {shape}: {error}; correct its forward, or data.image_size"
+        ) from error
+    finally:
+        encoder.train(training)
 
 
 def freeze(module: nn.Module) -> nn.Module:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from medxray.encoders import Encoder
+from medxray.encoders import Encoder, tried
 from medxray.types import Features, SpecError
 
 
@@ -57,18 +57,8 @@ class ModuleEncoder(Encoder):
         self.channels = int(getattr(module, "channels", 0) or _channels(module))
         self.mean = tuple(getattr(module, "mean", (0.5,)))
         self.std = tuple(getattr(module, "std", (0.5,)))
-        training = module.training
-        with torch.no_grad():
-            try:
-                features = self.eval()(torch.zeros(1, self.channels, height, width))
-            except SpecError:
-                raise
-            except Exception as error:
-                raise SpecError(
-                    f"encoder {type(module).__name__} fails on an image (1, {self.channels}, {height}, {width}): "
-                    f"{error}"
-                ) from error
-        self.train(training)
+        self.train(module.training)
+        features = tried(self, height, width, name=type(module).__name__)
         self.width = features.tokens.shape[-1]
         self.stride = height // features.grid[0] if features.grid else height
 

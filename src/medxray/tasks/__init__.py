@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from medxray.data import Studies, StudyImages
 from medxray.data.transforms import height_width
-from medxray.encoders import ENCODERS, Encoder, freeze
+from medxray.encoders import ENCODERS, Encoder, freeze, tried
 from medxray.registry import Registry
 from medxray.spec import Spec
-from medxray.types import Batch, Features, MedxrayError, Prediction, RunError, Scores, SpecError
+from medxray.types import Batch, Features, Prediction, RunError, Scores, SpecError
 from medxray.visual import StudyCard
 from medxray.weights import load_encoder
 
@@ -95,24 +95,13 @@ class Task(nn.Module, ABC):
         """Prefixes of parameters that `references` can bring back."""
         return ()
 
-    @torch.no_grad()
     def check_encoder(self) -> None:
         """Tries the encoder on one black image, before anything of a run is written.
 
         Raises:
             SpecError: it fails, or what it returns disagrees with what it declares.
         """
-        shape = (1, self.encoder.channels, *height_width(self.spec.data.image_size))
-        try:
-            features = self.encoder.eval()(torch.zeros(shape, device=next(self.parameters()).device))
-        except MedxrayError:
-            raise
-        except Exception as error:
-            raise SpecError(
-                f"encoder {type(self.encoder).__name__} fails on an image {shape}: {error}; "
-                "correct its forward, or data.image_size"
-            ) from error
-        check_features(features, self.encoder)
+        check_features(tried(self.encoder, *height_width(self.spec.data.image_size)), self.encoder)
 
     def watch(self, images: StudyImages) -> None:
         """Gets the training images before a fit, for tasks that look at them beside the batch."""
