@@ -13,8 +13,10 @@ from pathlib import Path
 import medxray
 from medxray import demo
 from medxray.data.readers.phantom import Phantom
+from medxray.types import Score
 
 STUDIES, SIZE = 2400, 128
+FLOORS = ("most frequent report", "nearest image's report")
 
 
 @medxray.readers.register("shuffled-phantom")
@@ -33,29 +35,23 @@ class ShuffledPhantom(Phantom):
         return studies
 
 
+def measure(folder: Path) -> dict[str, Score]:
+    """Mean F1 over the phantom's findings, read back from generated reports of test patients: row -> score."""
+    settings = {"root": str(folder / "data"), "studies": STUDIES, "size": SIZE}
+    scores = demo.run(folder / "images", reader=settings)
+    shuffled = demo.run(folder / "shuffled", reader={"name": "shuffled-phantom", **settings})
+    beside = {row: values["finding-f1"] for row, values in scores.comparisons.items()}
+    return {"demo": scores["finding-f1"], **beside, "fitted with shuffled images": shuffled["finding-f1"]}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--seed-of-data", type=int, default=0)
-    arguments = parser.parse_args()
-    settings = {
-        "root": str(arguments.folder / "data"), "studies": STUDIES, "size": SIZE, "seed": arguments.seed_of_data
-    }  # fmt: skip
-    scores = demo.run(arguments.folder / "images", reader=settings)
-    shuffled = demo.run(arguments.folder / "shuffled", reader={"name": "shuffled-phantom", **settings})
-    floors = {row: scores.comparisons[row]["finding-f1"] for row in ("most frequent report", "nearest image's report")}
-    best = max(score.value for score in floors.values())
+    measured = measure(parser.parse_args().folder)
+    floor = max(measured[row].value for row in FLOORS)
     print("\nmean F1 over the phantom's findings, read back from generated reports of test patients")
-    for row, score in {
-        "demo": scores["finding-f1"],
-        "context off": scores.comparisons["same model, context off"]["finding-f1"],
-        "fitted without a retriever": scores.comparisons["fitted without a retriever"]["finding-f1"],
-        "fitted with shuffled images": shuffled["finding-f1"],
-        **floors,
-    }.items():
-        print(f"{row:>28}  {score}")
-    print(f"above the better floor: {scores['finding-f1'].value - best:+.3f} with images as they are, "
-          f"{shuffled['finding-f1'].value - best:+.3f} shuffled")
+    for row, score in measured.items():
+        print(f"{row:>28}  {score}  {score.value - floor:+.3f} above the better floor")
 
 
 if __name__ == "__main__":
