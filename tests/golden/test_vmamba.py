@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
 
+from medxray.encoders.scan import backends
 from medxray.encoders.vmamba import VMamba
 from medxray.weights import load_into
 
@@ -30,22 +31,28 @@ def case(request: pytest.FixtureRequest) -> tuple[dict[str, Any], dict[str, Tens
     return json.loads(path.with_suffix(".json").read_text()), load_file(path.with_suffix(".safetensors"))
 
 
-def test_same_function(case: tuple[dict[str, Any], dict[str, Tensor]]) -> None:
+@pytest.mark.parametrize("backend", [name for name, why in backends().items() if why is None])
+def test_same_function(case: tuple[dict[str, Any], dict[str, Tensor]], backend: str) -> None:
     config, tensors = case
+    device = "cuda" if backend in ("triton", "mamba-ssm") and torch.cuda.is_available() else "cpu"
+    tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
     version = "v0" if config["forward_type"] == "v0" else "v2"
-    encoder = VMamba(
-        dims=config["dims"],
-        depths=config["depths"],
-        ssm_ratio=config["ssm_ratio"],
-        state=config["d_state"],
-        version=version,
-        mlp_ratio=config["mlp_ratio"],
-        channels=tensors["input"].shape[1],
-    ).eval()
+    encoder = (
+        VMamba(
+            dims=config["dims"],
+            depths=config["depths"],
+            ssm_ratio=config["ssm_ratio"],
+            state=config["d_state"],
+            version=version,
+            mlp_ratio=config["mlp_ratio"],
+            channels=tensors["input"].shape[1],
+            scan=backend,
+        )
+        .to(device)
+        .eval()
+    )
     weights = {key.removeprefix("weights."): t for key, t in tensors.items() if key.startswith("weights.")}
-    head = {
-        key: weights.pop(key).requires_grad_() for key in ("classifier.head.weight", "classifier.head.bias")
-    }
+    head = {key: weights.pop(key).requires_grad_() for key in ("classifier.head.weight", "classifier.head.bias")}
     load_into(encoder, weights, "golden")
 
     def close(found: Tensor, name: str) -> None:

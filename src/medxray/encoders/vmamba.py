@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from medxray.encoders import Encoder
-from medxray.encoders.scan import cross_merge, cross_scan, selective_scan
+from medxray.encoders.scan import scan_map
 from medxray.layers import MLP, DropPath
 from medxray.types import Features, SpecError
 
@@ -27,10 +27,10 @@ STAGES = 4
 class SS2D(nn.Module):
     """The selective scan over a map in four directions (section 4.2)."""
 
-    def __init__(self, width: int, ssm_ratio: float, state: int, gated: bool) -> None:
+    def __init__(self, width: int, ssm_ratio: float, state: int, gated: bool, scan: str) -> None:
         super().__init__()
         inner, rank = int(ssm_ratio * width), math.ceil(width / 16)
-        self.rank, self.state, self.gated = rank, state, gated
+        self.rank, self.state, self.gated, self.scan = rank, state, gated, scan
         self.in_proj = nn.Linear(width, inner * (2 if gated else 1), bias=False)
         self.conv2d = nn.Conv2d(inner, inner, 3, padding=1, groups=inner, bias=gated)
         self.x_proj_weight = nn.Parameter(torch.empty(4, rank + 2 * state, inner))
@@ -60,31 +60,33 @@ class SS2D(nn.Module):
 
     def _scan(self, maps: Tensor) -> Tensor:
         """maps (B, D, H, W) -> (B, H, W, D)."""
-        sequences = cross_scan(maps)
-        projected = torch.einsum("bkdl,kcd->bkcl", sequences, self.x_proj_weight)
-        steps, B, C = projected.split([self.rank, self.state, self.state], dim=2)
-        y = selective_scan(
-            sequences.flatten(1, 2),
-            torch.einsum("bkrl,kdr->bkdl", steps, self.dt_projs_weight).flatten(1, 2),
+        # Directions differ in the order of walking only, so that all four are projected in place at once.
+        projected = F.linear(maps.permute(0, 2, 3, 1), self.x_proj_weight.flatten(0, 1)).unflatten(3, (4, -1))
+        steps, B, C = projected.split([self.rank, self.state, self.state], dim=4)
+        delta = torch.einsum("bhwkr,kdr->bkhwd", steps, self.dt_projs_weight).permute(0, 1, 4, 2, 3)
+        y = scan_map(
+            maps,
+            delta,
             -self.A_logs.float().exp(),
-            B,
-            C,
+            B.permute(0, 3, 4, 1, 2),
+            C.permute(0, 3, 4, 1, 2),
             self.Ds,
             self.dt_projs_bias.flatten(),
             delta_softplus=True,
+            backend=self.scan,
         )
-        return cross_merge(y.unflatten(1, (4, -1)), *maps.shape[2:]).permute(0, 2, 3, 1)
+        return y.permute(0, 2, 3, 1)
 
 
 class VSSBlock(nn.Module):
     """SS2D and, where mlp_ratio is not zero, an MLP, each normalised before and added to its input."""
 
     def __init__(
-        self, width: int, ssm_ratio: float, state: int, gated: bool, mlp_ratio: float, drop_path: float
+        self, width: int, ssm_ratio: float, state: int, gated: bool, scan: str, mlp_ratio: float, drop_path: float
     ) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(width)
-        self.op = SS2D(width, ssm_ratio, state, gated)
+        self.op = SS2D(width, ssm_ratio, state, gated, scan)
         self.drop_path = DropPath(drop_path)
         self.has_mlp = mlp_ratio > 0
         if self.has_mlp:
@@ -145,6 +147,9 @@ class VMamba(Encoder):
         channels: C of the images.
         drop_path: share of samples that skip the last block's branches while training; rises with depth; the
             size's own, or 0.
+        classes: K of a linear head on the pooled vector, as the public classifiers have it; its weights are then
+            read too, and `logits` gives what it says. None leaves it out.
+        scan: back-end of the selective scan: auto, or one that `medxray doctor` lists.
         gradient_checkpointing: recompute activations to save memory.
     """
 
@@ -159,6 +164,8 @@ class VMamba(Encoder):
         mlp_ratio: Annotated[float, Field(ge=0)] | None = None,
         channels: Annotated[int, Field(gt=0)] = 1,
         drop_path: Annotated[float, Field(ge=0, lt=1)] | None = None,
+        classes: Annotated[int, Field(gt=0)] | None = None,
+        scan: Literal["auto", "cpu", "mamba-ssm", "torch", "reference"] = "auto",
         gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__()
@@ -189,7 +196,7 @@ class VMamba(Encoder):
         self.layers = nn.ModuleList()
         for i, depth in enumerate(depths):
             width = dims * 2**i
-            blocks = [VSSBlock(width, ssm_ratio, state, gated, mlp_ratio, next(rates)) for _ in range(depth)]
+            blocks = [VSSBlock(width, ssm_ratio, state, gated, scan, mlp_ratio, next(rates)) for _ in range(depth)]
             down: nn.Module = nn.Identity()
             if i < STAGES - 1 and gated:
                 down = PatchMerging(width)
@@ -198,10 +205,16 @@ class VMamba(Encoder):
                 down = nn.Sequential(ToChannelsFirst(), conv, ToChannelsLast(), nn.LayerNorm(2 * width))
             self.layers.append(nn.ModuleDict({"blocks": nn.ModuleList(blocks), "downsample": down}))
         self.classifier = nn.ModuleDict({"norm": nn.LayerNorm(self.width)})
+        if classes is not None:
+            self.classifier["head"] = nn.Linear(self.width, classes)
         self.apply(_initialise)
 
-    def stages(self, images: Tensor) -> list[Tensor]:
-        """images (B, C, H, W) -> what each of the four stages hands on, (B, D, h, w), the first three downsampled.
+    def stages(self, images: Tensor, downsampled: bool = True) -> list[Tensor]:
+        """images (B, C, H, W) -> what each of the four stages makes of them, (B, D, h, w), at 1/4 to 1/32 of their size.
+
+        Args:
+            images: (B, C, H, W).
+            downsampled: the first three as they are handed on, of half the size and twice the width.
 
         Raises:
             SpecError: version v0 and a side below one patch.
@@ -217,14 +230,39 @@ class VMamba(Encoder):
             for block in stage["blocks"]:
                 recompute = self.gradient_checkpointing and self.training
                 x = checkpoint(block, x, use_reentrant=False) if recompute else block(x)
-            x = stage["downsample"](x)
-            outputs.append(x.permute(0, 3, 1, 2))
+            before, x = x, stage["downsample"](x)
+            outputs.append((x if downsampled else before).permute(0, 3, 1, 2))
         return outputs
+
+    def features(self, images: Tensor, stage: int) -> Features:
+        """images (B, C, H, W) -> the tokens of stage 1, 2, 3 or 4, of stride 4, 8, 16 or 32; the last normalised.
+
+        Raises:
+            SpecError: no such stage.
+        """
+        if stage not in range(1, STAGES + 1):
+            raise SpecError(f"VMamba has stages 1 to {STAGES}, found {stage}")
+        if stage == STAGES:
+            return self.forward(images)
+        chosen = self.stages(images, downsampled=False)[stage - 1]
+        tokens = chosen.permute(0, 2, 3, 1).flatten(1, 2)
+        return Features(tokens, (chosen.shape[2], chosen.shape[3]), tokens.mean(1))
 
     def forward(self, images: Tensor) -> Features:
         last = self.stages(images)[-1]
         tokens: Tensor = self.classifier["norm"](last.permute(0, 2, 3, 1)).flatten(1, 2)
         return Features(tokens, (last.shape[2], last.shape[3]), tokens.mean(1))
+
+    def logits(self, images: Tensor) -> Tensor:
+        """images (B, C, H, W) -> (B, K), what the public classifier says.
+
+        Raises:
+            SpecError: built without `classes`.
+        """
+        if "head" not in self.classifier:
+            raise SpecError("VMamba has no head; build it with classes: 1000 for the public weights")
+        out: Tensor = self.classifier["head"](self.forward(images).pooled)
+        return out
 
 
 def _initialise(layer: nn.Module) -> None:

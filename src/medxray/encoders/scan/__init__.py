@@ -1,22 +1,26 @@
-"""The selective scan of Mamba (arXiv:2312.00752, S6) and the four directions in which VMamba runs it over a map."""
+"""The selective scan of Mamba (arXiv:2312.00752, S6) and the four directions in which VMamba runs it over a map.
 
-import itertools
-import math
+Every back-end is a module with `missing()`, why it does not run here, and `scan(u, delta, A, B, C, D, bias, softplus)`;
+those named in `FUSED` take a map's size as well, with delta (B, 4, D, L), and walk it in four directions without copies.
+"""
+
+import importlib
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
 
-from medxray.encoders.scan import reference
 from medxray.registry import nearest
 from medxray.types import SpecError
+
+BACKENDS = {"cpu": "cpu", "mamba-ssm": "mamba_ssm", "torch": "chunked", "reference": "reference"}
+"""Name -> module in this package."""
+FUSED = ("cpu",)
 
 
 def backends() -> dict[str, str | None]:
     """Name of each back-end -> why it does not run on this machine; None where it does."""
-    return {"torch": None, "reference": None}
+    return {name: _missing(name) for name in BACKENDS}
 
 
 def selective_scan(
@@ -32,8 +36,8 @@ def selective_scan(
 ) -> Tensor:
     """h_t = exp(delta_t A) h_{t-1} + delta_t B_t u_t from h_0 = 0, and y_t = <C_t, h_t> + D u_t.
 
-    Differentiable once in every tensor. Computed in float32, or in float64 where `u` is float64; the result has
-    the type of `u`.
+    Differentiable in every tensor; twice with backend "torch" or "reference". Computed in float32, or in float64 where
+    `u` is float64. Tensors need not be contiguous.
 
     Args:
         u: (B, D, L), the input.
@@ -44,34 +48,69 @@ def selective_scan(
         D: (D), the skip, or None.
         delta_bias: (D), added to the steps, or None.
         delta_softplus: steps go through softplus after the bias.
-        backend: "auto", or a name of `backends()`.
+        backend: "auto", which goes by the device, or a name of `backends()`.
 
     Returns:
-        (B, D, L).
+        (B, D, L) in the type of `u`.
 
     Raises:
-        SpecError: an unknown back-end, or shapes that do not belong together.
+        SpecError: a back-end that is unknown or does not run here; tensors that do not belong together.
     """
-    if backend not in ("auto", *backends()):
-        raise SpecError(
-            f"selective scan: unknown backend {backend!r}{nearest(backend, backends())}; "
-            f"take auto or one of {', '.join(backends())}"
-        )
     B, C = (m[:, None] if m.ndim == 3 else m for m in (B, C))
-    _check(u, delta, A, B, C)
-    dtype = torch.promote_types(u.dtype, torch.float32)
+    _check(u, delta, A, B, C, D, delta_bias)
     with torch.autocast(u.device.type, enabled=False):
-        x, delta, A, B, C = (tensor.to(dtype) for tensor in (u, delta, A, B, C))
-        D, delta_bias = (tensor if tensor is None else tensor.to(dtype) for tensor in (D, delta_bias))
-        if backend == "reference":
-            y = reference.selective_scan(x, delta, A, B, C, D, delta_bias, delta_softplus)
-        else:
-            if delta_bias is not None:
-                delta = delta + delta_bias[:, None]
-            delta = F.softplus(delta) if delta_softplus else delta
-            y = _scan(x, delta, A, B, C)
-            y = y if D is None else y + D[:, None] * x
-    return y.to(u.dtype)
+        name = _choose(backend, u)
+        y: Tensor = _scan(name)(u, delta, A, B, C, D, delta_bias, delta_softplus)
+    return y
+
+
+def scan_map(
+    maps: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = False,
+    backend: str = "auto",
+) -> Tensor:
+    """The selective scan of a map in VMamba's four directions, each put back in place, summed.
+
+    The same as `cross_merge(selective_scan(cross_scan(maps), ...))`, with steps, input and output maps given at their
+    places and not in the order of walking. Back-end "cpu" makes no copy a direction.
+
+    Args:
+        maps: (B, D, H, W); fastest with channels innermost in memory.
+        delta: (B, 4, D, H, W), as `maps`.
+        A: (4 D, N), negative.
+        B: (B, 4, N, H, W).
+        C: as B.
+        D: (4 D), the skip, or None.
+        delta_bias: (4 D), added to the steps, or None.
+        delta_softplus: steps go through softplus after the bias.
+        backend: "auto", which goes by the device, or a name of `backends()`.
+
+    Returns:
+        (B, D, H, W) in the type of `maps`.
+
+    Raises:
+        SpecError: as `selective_scan`.
+    """
+    if maps.ndim != 4:
+        raise SpecError(f"selective scan: maps is {tuple(maps.shape)}, expected (B, D, H, W)")
+    height, width = maps.shape[2:]
+    u, delta, B, C = maps.flatten(2), delta.flatten(-2), B.flatten(-2), C.flatten(-2)
+    _check(u, delta, A, B, C, D, delta_bias, directions=4)
+    with torch.autocast(u.device.type, enabled=False):
+        name = _choose(backend, u)
+        if name in FUSED:
+            y: Tensor = _scan(name)(u, delta, A, B, C, D, delta_bias, delta_softplus, (height, width))
+            return y.unflatten(2, (height, width))
+        sequences = cross_scan(maps).flatten(1, 2)
+        delta, B, C = (_in_order(m, height, width) for m in (delta, B, C))
+        y = _scan(name)(sequences, delta.flatten(1, 2), A, B, C, D, delta_bias, delta_softplus)
+    return cross_merge(y.unflatten(1, (4, -1)), height, width)
 
 
 def cross_scan(maps: Tensor) -> Tensor:
@@ -105,93 +144,114 @@ def cross_merge(sequences: Tensor, height: int, width: int) -> Tensor:
     return merged
 
 
-def _check(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor) -> None:
-    batch, channels, length = u.shape
-    groups, states = B.shape[1], A.shape[-1]
-    fits = (
-        delta.shape == u.shape
-        and A.shape == (channels, states)
-        and B.shape == C.shape == (batch, groups, states, length)
-        and channels % groups == 0
-    )
-    if not fits:
-        named = {"u": u, "delta": delta, "A": A, "B": B, "C": C}
-        found = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in named.items())
+def _in_order(places: Tensor, height: int, width: int) -> Tensor:
+    """(B, 4, C, L) at their places -> each direction in its order of walking."""
+    columns = places[:, 1::2].unflatten(3, (height, width)).transpose(3, 4).flatten(3)
+    return torch.stack([places[:, 0], columns[:, 0], places[:, 2].flip(2), columns[:, 1].flip(2)], 1)
+
+
+@torch.compiler.assume_constant_result
+def _missing(name: str) -> str | None:
+    why: str | None = importlib.import_module(f"{__name__}.{BACKENDS[name]}").missing()
+    return why
+
+
+def _scan(name: str) -> Any:
+    """The function of a back-end, imported when first used; in a form that torch.compile can follow."""
+    if name == "cpu":
+        from medxray.encoders.scan import cpu
+
+        return cpu.scan
+    if name == "mamba-ssm":
+        from medxray.encoders.scan import mamba_ssm
+
+        return mamba_ssm.scan
+    if name == "torch":
+        from medxray.encoders.scan import chunked
+
+        return chunked.scan
+    from medxray.encoders.scan import reference
+
+    return reference.scan
+
+
+def _choose(backend: str, u: Tensor) -> str:
+    """The back-end that `backend` means for a tensor."""
+    if backend == "auto":
+        # Transforms and exported programs need plain operations; so do doubles, which the kernels do not have.
+        plain = u.dtype == torch.float64 or torch.compiler.is_exporting() or _transformed()
+        if plain or u.device.type not in ("cpu", "cuda"):
+            return "torch"
+        if u.device.type == "cpu":
+            return "cpu"
+        return next((name for name in ("mamba-ssm",) if _missing(name) is None), "torch")
+    if backend not in BACKENDS:
         raise SpecError(
-            "selective scan: expected u and delta (B, D, L), A (D, N), B and C (B, N, L) or (B, G, N, L) with G "
-            f"dividing D, found {found}"
+            f"selective scan: unknown backend {backend!r}{nearest(backend, BACKENDS)}; "
+            f"take auto or one of {', '.join(BACKENDS)}"
         )
+    if reason := _missing(backend):
+        raise SpecError(f"selective scan: backend {backend!r} does not run here: {reason}; take auto")
+    if backend not in ("torch", "reference"):
+        device = "cpu" if backend == "cpu" else "cuda"
+        if u.dtype == torch.float64 or (u.device.type != device):
+            raise SpecError(
+                f"selective scan: backend {backend!r} takes float32, bfloat16 or float16 on {device}, found u in "
+                f"{str(u.dtype).removeprefix('torch.')} on {u.device}; take auto, or backend torch"
+            )
+    return backend
 
 
-def _scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:
-    """(B, D, L), (B, D, L), (D, N), (B, G, N, L), (B, G, N, L) -> (B, D, L), without skip."""
-    groups, length = B.shape[1], u.shape[2]
-    # Time goes second and channels last: (B, L, G, D / G), so that one step is one run of memory.
-    u, delta = (x.transpose(1, 2).unflatten(2, (groups, -1)) for x in (u, delta))
-    B, C = (x.permute(2, 0, 3, 1) for x in (B, C))
-    chunk = 1 << round(math.log2(length) / 2)
-    if missing := -length % chunk:
-        u, delta = (F.pad(x, (0, 0, 0, 0, 0, missing)) for x in (u, delta))
-        B, C = (F.pad(x, (0, 0, 0, missing)) for x in (B, C))
-    y: Tensor = _Scan.apply(  # type: ignore[no-untyped-call]
-        u.contiguous(), delta.contiguous(), A.unflatten(0, (groups, -1)), B, C, chunk
-    )
-    return y[:, :length].flatten(2).transpose(1, 2)
+def _transformed() -> bool:
+    return torch._C._functorch.peek_interpreter_stack() is not None  # type: ignore[attr-defined]
 
 
-class _Scan(torch.autograd.Function):
-    """One state at a time; the backward pass recomputes the states, so that memory does not grow with N.
+def _check(
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, bias: Tensor | None,
+    directions: int = 1,
+) -> None:  # fmt: skip
+    """Raises SpecError that names the first tensor which does not belong to the others."""
+    tensors = {"u": u, "delta": delta, "A": A, "B": B, "C": C, "D": D, "delta_bias": bias}
+    given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
 
-    u, delta (B, L, G, E); A (G, E, N); B, C (N, B, L, G).
-    """
+    def wrong(name: str, expected: str, found: object) -> SpecError:
+        return SpecError(f"selective scan: {name} is {found}, expected {expected}")
 
-    @staticmethod
-    def forward(ctx: Any, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, chunk: int) -> Tensor:
-        ctx.save_for_backward(u, delta, A, B, C)
-        ctx.chunk = chunk
-        driven, y = delta * u, torch.zeros_like(u)
-        for n in range(A.shape[-1]):
-            states = _recur(torch.exp(delta * A[..., n]), driven * B[n, ..., None], chunk)
-            y.addcmul_(states, C[n, ..., None])
-        return y
+    for name, tensor in given.items():
+        if not tensor.is_floating_point():
+            raise wrong(name, "floating-point numbers", str(tensor.dtype).removeprefix("torch."))
+        if tensor.device != u.device:
+            raise wrong(name, f"on {u.device} as u", f"on {tensor.device}")
+    if u.ndim != 3:
+        raise wrong("u", "(B, D, L)", tuple(u.shape))
+    batch, channels, length = u.shape
+    rows = directions * channels
+    if A.ndim != 2:
+        raise wrong("A", f"({rows}, N)", tuple(A.shape))
+    if B.ndim != 4:
+        raise wrong("B", f"({batch}, N, {length}) or ({batch}, G, N, {length})", tuple(B.shape))
+    groups, states = B.shape[1], A.shape[1]
+    if channels % groups if directions == 1 else groups != directions:
+        what = f"G dividing the {channels} channels of u" if directions == 1 else f"{directions} directions"
+        raise wrong("B", f"({batch}, G, {states}, {length}) with {what}", tuple(B.shape))
+    expected: dict[str, tuple[int, ...]] = {
+        "delta": (batch, rows, length) if directions == 1 else (batch, directions, channels, length),
+        "A": (rows, states),
+        "B": (batch, groups, states, length),
+        "C": (batch, groups, states, length),
+        "D": (rows,),
+        "delta_bias": (rows,),
+    }
+    for name, shape in expected.items():
+        if name in given and given[name].shape != shape:
+            raise wrong(name, f"{shape} beside u {tuple(u.shape)} and A {tuple(A.shape)}", tuple(given[name].shape))
+    if not length:
+        raise wrong("u", "at least one step", tuple(u.shape))
+    # On a GPU a look at the values would wait for the device; a program that is traced has none.
+    if A.device.type == "cpu" and not torch.compiler.is_compiling() and not _transformed():
+        finite = A.detach().isfinite()
+        if not finite.all():
+            raise wrong("A", "finite numbers", f"not finite in {int((~finite).sum())} of {A.numel()} places")
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        u, delta, A, B, C = ctx.saved_tensors
-        gradient = gradient.contiguous()
-        driven = delta * u
-        of_driven, of_delta = torch.zeros_like(u), torch.zeros_like(u)
-        of_A, of_B, of_C = torch.empty_like(A), torch.empty_like(B), torch.empty_like(C)
-        for n in range(A.shape[-1]):
-            decay = torch.exp(delta * A[..., n])
-            states = _recur(decay.clone(), driven * B[n, ..., None], ctx.chunk)
-            of_C[n] = (states * gradient).sum(-1)
-            # The gradient of the states runs the same recurrence backwards, each with the decay of the step after it.
-            of_states = _recur(decay.roll(-1, 1), gradient * C[n, ..., None], ctx.chunk, reverse=True)
-            of_B[n] = (of_states * driven).sum(-1)
-            of_driven.addcmul_(of_states, B[n, ..., None])
-            of_exponent = of_states[:, 1:] * decay[:, 1:] * states[:, :-1]
-            of_delta[:, 1:].addcmul_(of_exponent, A[..., n])
-            of_A[..., n] = (of_exponent * delta[:, 1:]).sum((0, 1))
-        return of_driven * delta, of_delta.addcmul_(of_driven, u), of_A, of_B, of_C, None
 
-
-def _recur(decay: Tensor, x: Tensor, chunk: int, reverse: bool = False) -> Tensor:
-    """x_t becomes x_t + decay_t x_{t-1}, in place, along dimension 1; both arguments are used up.
-
-    All chunks go through their steps together, then each takes over the last state of the one before. Decays only
-    ever multiply, so that nothing grows however long the sequence is.
-    """
-    length = x.shape[1]
-    d, h = (tensor.view(len(tensor), length // chunk, chunk, -1) for tensor in (decay, x))
-    inside, across = range(chunk), range(length // chunk)
-    if reverse:
-        inside, across = inside[::-1], across[::-1]
-    for before, now in itertools.pairwise(inside):
-        h[:, :, now].addcmul_(d[:, :, now], h[:, :, before])
-        d[:, :, now].mul_(d[:, :, before])
-    last = inside[-1]
-    for before, now in itertools.pairwise(across):
-        h[:, now].addcmul_(d[:, now], h[:, before, last, None])
-    return x
+__all__ = ["backends", "cross_merge", "cross_scan", "scan_map", "selective_scan"]
