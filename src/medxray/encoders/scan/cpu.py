@@ -16,6 +16,7 @@ from typing import Any
 import numba
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from medxray.encoders.scan import cpu_kernels
 from medxray.encoders.scan.cpu_kernels import BLOCK, LANES, TILE
@@ -238,6 +239,23 @@ def _refuse(ctx: Any, *of_gradients: Tensor) -> None:
 
 _scan.register_autograd(_differentiate, setup_context=_remember)
 _scan_backward.register_autograd(_refuse)
+
+
+def _operations(shape: list[int], states: int) -> int:
+    """Of the forward pass: 8 for each state of a step (decay, input, recurrence, output) and 3 for each step."""
+    B, K, D, L = shape
+    return B * K * D * L * (8 * states + 3)
+
+
+@register_flop_formula(torch.ops.medxray.scan_cpu)
+def _forward_flop(u: Any, delta: Any, A: Any, *others: Any, out_shape: Any = None, **named: Any) -> int:
+    return _operations(delta, A[1])
+
+
+@register_flop_formula(torch.ops.medxray.scan_cpu_backward)
+def _backward_flop(gradient: Any, u: Any, delta: Any, A: Any, *others: Any, out_shape: Any = None, **named: Any) -> int:
+    # Twice the forward pass for the gradients, once more for the states.
+    return 3 * _operations(delta, A[1])
 
 
 def scan(
