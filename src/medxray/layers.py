@@ -16,10 +16,12 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x (B, N, D) -> (B, N, D)."""
+    def forward(self, x: Tensor, turn: Tensor | None = None) -> Tensor:
+        """x (B, N, D) -> (B, N, D); `turn` as `rotary_positions` gives it turns queries and keys."""
         B, N, D = x.shape
         q, k, v = self.qkv(x).view(B, N, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)
+        if turn is not None:
+            q, k = _turned(q, turn), _turned(k, turn)
         out: Tensor = self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, N, D))
         return out
 
@@ -53,21 +55,38 @@ class DropPath(nn.Module):
         return x * keep / (1 - self.share)
 
 
-class Block(nn.Module):
-    """Pre-norm attention and MLP, each added to its input."""
+class LayerScale(nn.Module):
+    """A learned factor for each channel of a residual branch (arXiv:2103.17239)."""
 
-    def __init__(self, width: int, heads: int, mlp_ratio: float = 4.0, drop_path: float = 0.0) -> None:
+    def __init__(self, width: int, start: float) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.full((width,), start))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., D) -> (..., D)."""
+        return x * self.gamma
+
+
+class Block(nn.Module):
+    """Pre-norm attention and MLP, each added to its input, scaled where `layer_scale` is given."""
+
+    def __init__(
+        self, width: int, heads: int, mlp_ratio: float = 4.0, drop_path: float = 0.0, layer_scale: float | None = None
+    ) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(width, eps=1e-6)
         self.attn = Attention(width, heads)
         self.norm2 = nn.LayerNorm(width, eps=1e-6)
         self.mlp = MLP(width, int(width * mlp_ratio))
         self.drop_path = DropPath(drop_path)
+        self.ls1, self.ls2 = (
+            nn.Identity() if layer_scale is None else LayerScale(width, layer_scale) for _ in range(2)
+        )
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, turn: Tensor | None = None) -> Tensor:
         """x (B, N, D) -> (B, N, D)."""
-        x = x + self.drop_path(self.attn(self.norm1(x)))
-        out: Tensor = x + self.drop_path(self.mlp(self.norm2(x)))
+        x = x + self.drop_path(self.ls1(self.attn(self.norm1(x), turn)))
+        out: Tensor = x + self.drop_path(self.ls2(self.mlp(self.norm2(x))))
         return out
 
 
@@ -87,6 +106,29 @@ def sincos_positions(width: int, h: int, w: int, device: torch.device) -> Tensor
     x = torch.cat([columns.sin(), columns.cos()], 1)[None].expand(h, -1, -1)
     y = torch.cat([rows.sin(), rows.cos()], 1)[:, None].expand(-1, w, -1)
     return torch.cat([x, y], 2).reshape(1, h * w, width).float().to(device)
+
+
+@functools.lru_cache(maxsize=32)
+def rotary_positions(width: int, h: int, w: int, device: torch.device) -> Tensor:
+    """2-D rotary table (h * w, width / 2) complex64 for heads of `width` (axial, arXiv:2403.13298).
+
+    The first half of a head's pairs turns with the column, the second with the row: pair k of each by p 100^(-4k / width)
+    at place p.
+    """
+    if width % 4:
+        raise ValueError(f"width of a head must be divisible by 4, found {width}")
+    quarter = width // 4
+    frequency = 100.0 ** (-torch.arange(quarter, dtype=torch.float64) / quarter)
+    x = (torch.arange(w, dtype=torch.float64)[:, None] * frequency)[None].expand(h, -1, -1)
+    y = (torch.arange(h, dtype=torch.float64)[:, None] * frequency)[:, None].expand(-1, w, -1)
+    angle = torch.cat([x, y], 2).reshape(h * w, 2 * quarter)
+    return torch.polar(torch.ones_like(angle), angle).to(device, torch.complex64)
+
+
+def _turned(x: Tensor, turn: Tensor) -> Tensor:
+    """x (B, heads, N, d) with pairs of neighbouring channels turned by `turn`, (N, d / 2) or (B, 1, N, d / 2)."""
+    pairs = torch.view_as_complex(x.float().unflatten(3, (-1, 2)).contiguous())
+    return torch.view_as_real(pairs * turn).flatten(3).to(x.dtype)
 
 
 def initialise(module: nn.Module) -> None:

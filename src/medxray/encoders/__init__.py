@@ -44,11 +44,17 @@ class MaskableEncoder(Encoder):
 
     @abstractmethod
     def embed(self, images: Tensor) -> Tensor:
-        """images (B, C, H, W) -> tokens (B, N, D) with their positions added, row by row, no class token."""
+        """images (B, C, H, W) -> tokens (B, N, D), with their positions where those are added, row by row, no class token."""
 
     @abstractmethod
-    def encode(self, tokens: Tensor) -> Tensor:
-        """Any subset of embedded tokens (B, n, D) -> (B, 1 + n, D): class token first, normalised last."""
+    def encode(self, tokens: Tensor, grid: tuple[int, int], keep: Tensor | None = None) -> Tensor:
+        """Embedded tokens (B, n, D) -> (B, 1 + n, D): class token first, normalised last.
+
+        Args:
+            tokens: (B, n, D), all of the grid's, row by row, or some of them.
+            grid: (h, w) that they come from.
+            keep: (B, n), which of the h * w they are; None where they are all.
+        """
 
     @abstractmethod
     def grid(self, height: int, width: int) -> tuple[int, int]:
@@ -70,6 +76,7 @@ ENCODERS: Registry[Encoder] = Registry(
     {
         "vit": "medxray.encoders.vit:ViT",
         "vmamba": "medxray.encoders.vmamba:VMamba",
+        "vim": "medxray.encoders.vim:Vim",
         "timm": "medxray.encoders.timm:TimmEncoder",
         "transformers": "medxray.encoders.transformers:TransformersEncoder",
         "module": "medxray.encoders.adapt:GivenEncoder",

@@ -1,4 +1,4 @@
-"""The Vision Transformer of MAE and timm, with fixed 2-D sin-cos positions for any grid."""
+"""The Vision Transformer of MAE and timm, with fixed positions, sin-cos or rotary, for any grid."""
 
 import itertools
 from typing import Annotated, Literal
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from medxray.encoders import MaskableEncoder
-from medxray.layers import Block, initialise, sincos_positions
+from medxray.layers import Block, initialise, rotary_positions, sincos_positions
 from medxray.types import Features, SpecError
 
 SIZES: dict[str, tuple[int, int, int]] = {
@@ -72,6 +72,9 @@ class ViT(MaskableEncoder):
         patch: pixels a side of a token.
         stem: how pixels become tokens: linear as in ViT, or convolutions, which learn from far fewer images;
             blocks then start as the identity.
+        positions: sincos, added to the tokens, or rope, which turns queries and keys of every block by row and column.
+        registers: tokens beside the class token that belong to no patch (arXiv:2309.16588); they are not handed on.
+        layer_scale: what a learned factor for each channel of every branch starts from, such as 1.0e-5; None has none.
         channels: C of the images.
         mlp_ratio: hidden width of the MLP over D.
         drop_path: share of samples that skip the last block's branches while training; rises with depth.
@@ -86,6 +89,9 @@ class ViT(MaskableEncoder):
         heads: Annotated[int, Field(gt=0)] | None = None,
         patch: Annotated[int, Field(gt=0)] = 16,
         stem: Literal["linear", "convolutions"] = "linear",
+        positions: Literal["sincos", "rope"] = "sincos",
+        registers: Annotated[int, Field(ge=0)] = 0,
+        layer_scale: Annotated[float, Field(gt=0)] | None = None,
         channels: Annotated[int, Field(gt=0)] = 1,
         mlp_ratio: Annotated[float, Field(gt=0)] = 4.0,
         drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.0,
@@ -96,17 +102,24 @@ class ViT(MaskableEncoder):
         width, depth, heads = (given or own for given, own in zip((width, depth, heads), base, strict=True))
         if width % heads or width % 4:
             raise ValueError(f"width must be divisible by heads and by 4, found width {width} and heads {heads}")
+        if positions == "rope" and width // heads % 4:
+            raise ValueError(f"positions: rope needs width / heads divisible by 4, found {width} / {heads}")
         self.width, self.stride, self.channels = width, patch, channels
+        self.turned, self.registers = width // heads if positions == "rope" else 0, registers
         self.gradient_checkpointing = gradient_checkpointing
         self.overlapping = stem == "convolutions"
         if not self.overlapping:
             self.patch_embed: nn.Module = PatchEmbed(channels, width, patch)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
+        if registers:
+            self.reg_token = nn.Parameter(torch.zeros(1, registers, width))
         rates = torch.linspace(0, drop_path, depth, device="cpu").tolist()
-        self.blocks = nn.ModuleList(Block(width, heads, mlp_ratio, rate) for rate in rates)
+        self.blocks = nn.ModuleList(Block(width, heads, mlp_ratio, rate, layer_scale) for rate in rates)
         self.norm = nn.LayerNorm(width, eps=1e-6)
         initialise(self)
         nn.init.normal_(self.cls_token, std=0.02)
+        if registers:
+            nn.init.normal_(self.reg_token, std=0.02)
         if self.overlapping:
             # Keeps torch's initial values: with xavier's, which are larger, batch norm makes its steps too small.
             self.patch_embed = ConvolutionStem(channels, width, patch)
@@ -115,28 +128,46 @@ class ViT(MaskableEncoder):
                     nn.init.zeros_(parameter)
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
-        if height % self.stride or width % self.stride:
-            raise SpecError(
-                f"data.image_size: {height} x {width} is not a multiple of encoder.patch {self.stride}; "
-                f"take {round(height / self.stride) * self.stride or self.stride} x "
-                f"{round(width / self.stride) * self.stride or self.stride}, or another patch"
-            )
-        return height // self.stride, width // self.stride
+        return whole_patches(height, width, self.stride)
 
     def embed(self, images: Tensor) -> Tensor:
         h, w = self.grid(images.shape[2], images.shape[3])
         tokens: Tensor = self.patch_embed(images)
+        if self.turned:
+            return tokens
         return tokens + sincos_positions(self.width, h, w, tokens.device).to(tokens.dtype)
 
-    def encode(self, tokens: Tensor) -> Tensor:
-        # The class token's position is zero.
-        x = torch.cat([self.cls_token.expand(tokens.shape[0], -1, -1).to(tokens.dtype), tokens], dim=1)
+    def encode(self, tokens: Tensor, grid: tuple[int, int], keep: Tensor | None = None) -> Tensor:
+        # The class token's position is zero, and so are the registers'.
+        single = torch.cat([self.cls_token, self.reg_token], 1) if self.registers else self.cls_token
+        x = torch.cat([single.expand(tokens.shape[0], -1, -1).to(tokens.dtype), tokens], dim=1)
+        turn = None
+        if self.turned:
+            table = rotary_positions(self.turned, *grid, tokens.device)
+            places = table if keep is None else table[keep][:, None]
+            still = places.new_ones(*places.shape[:-2], single.shape[1], places.shape[-1])
+            turn = torch.cat([still, places], -2)
         for block in self.blocks:
             recompute = self.gradient_checkpointing and self.training
-            x = checkpoint(block, x, use_reentrant=False) if recompute else block(x)
-        out: Tensor = self.norm(x)
+            x = checkpoint(block, x, turn, use_reentrant=False) if recompute else block(x, turn)
+        out: Tensor = self.norm(torch.cat([x[:, :1], x[:, single.shape[1] :]], 1) if self.registers else x)
         return out
 
     def forward(self, images: Tensor) -> Features:
-        tokens = self.encode(self.embed(images))[:, 1:]
-        return Features(tokens, self.grid(images.shape[2], images.shape[3]), tokens.mean(1))
+        grid = self.grid(images.shape[2], images.shape[3])
+        tokens = self.encode(self.embed(images), grid)[:, 1:]
+        return Features(tokens, grid, tokens.mean(1))
+
+
+def whole_patches(height: int, width: int, patch: int) -> tuple[int, int]:
+    """(h, w) of the patches of an image.
+
+    Raises:
+        SpecError: it is not a whole number of them.
+    """
+    if height % patch or width % patch:
+        raise SpecError(
+            f"data.image_size: {height} x {width} is not a multiple of encoder.patch {patch}; "
+            f"take {round(height / patch) * patch or patch} x {round(width / patch) * patch or patch}, or another patch"
+        )
+    return height // patch, width // patch

@@ -76,7 +76,7 @@ class MaskedAutoEncoder(nn.Module):
             seen = self.unpatchify(pixels, (images.shape[2], images.shape[3]))
         tokens = self.encoder.embed(seen)
         keep = masking.keep[..., None].expand(-1, -1, tokens.shape[2])
-        latent = self.encoder.encode(tokens.gather(1, keep))
+        latent = self.encoder.encode(tokens.gather(1, keep), grid, masking.keep)
         prediction = self.decoder(latent, masking.restore, grid)
         targets = self.patchify(images)
         if self.normalize_patches:

@@ -4,6 +4,7 @@ Every back-end is a module with `missing()`, why it does not run here, and `scan
 those named in `FUSED` take a map's size as well, with delta (B, 4, D, L), and walk it in four directions without copies.
 """
 
+import contextlib
 import importlib
 from typing import Any
 
@@ -13,9 +14,9 @@ from torch import Tensor
 from medxray.registry import nearest
 from medxray.types import SpecError
 
-BACKENDS = {"cpu": "cpu", "mamba-ssm": "mamba_ssm", "torch": "chunked", "reference": "reference"}
+BACKENDS = {"cpu": "cpu", "triton": "triton", "mamba-ssm": "mamba_ssm", "torch": "chunked", "reference": "reference"}
 """Name -> module in this package."""
-FUSED = ("cpu",)
+FUSED = ("cpu", "triton")
 
 
 def backends() -> dict[str, str | None]:
@@ -58,7 +59,7 @@ def selective_scan(
     """
     B, C = (m[:, None] if m.ndim == 3 else m for m in (B, C))
     _check(u, delta, A, B, C, D, delta_bias)
-    with torch.autocast(u.device.type, enabled=False):
+    with _as_given(u):
         name = _choose(backend, u)
         y: Tensor = _scan(name)(u, delta, A, B, C, D, delta_bias, delta_softplus)
     return y
@@ -78,7 +79,7 @@ def scan_map(
     """The selective scan of a map in VMamba's four directions, each put back in place, summed.
 
     The same as `cross_merge(selective_scan(cross_scan(maps), ...))`, with steps, input and output maps given at their
-    places and not in the order of walking. Back-end "cpu" makes no copy a direction.
+    places and not in the order of walking. Back-ends "cpu" and "triton" make no copy a direction.
 
     Args:
         maps: (B, D, H, W); fastest with channels innermost in memory.
@@ -102,7 +103,7 @@ def scan_map(
     height, width = maps.shape[2:]
     u, delta, B, C = maps.flatten(2), delta.flatten(-2), B.flatten(-2), C.flatten(-2)
     _check(u, delta, A, B, C, D, delta_bias, directions=4)
-    with torch.autocast(u.device.type, enabled=False):
+    with _as_given(u):
         name = _choose(backend, u)
         if name in FUSED:
             y: Tensor = _scan(name)(u, delta, A, B, C, D, delta_bias, delta_softplus, (height, width))
@@ -150,6 +151,11 @@ def _in_order(places: Tensor, height: int, width: int) -> Tensor:
     return torch.stack([places[:, 0], columns[:, 0], places[:, 2].flip(2), columns[:, 1].flip(2)], 1)
 
 
+def _as_given(u: Tensor) -> Any:
+    """A context in which torch does not change types by itself; the meta device has none that could."""
+    return contextlib.nullcontext() if u.device.type == "meta" else torch.autocast(u.device.type, enabled=False)
+
+
 @torch.compiler.assume_constant_result
 def _missing(name: str) -> str | None:
     why: str | None = importlib.import_module(f"{__name__}.{BACKENDS[name]}").missing()
@@ -162,6 +168,10 @@ def _scan(name: str) -> Any:
         from medxray.encoders.scan import cpu
 
         return cpu.scan
+    if name == "triton":
+        from medxray.encoders.scan import triton
+
+        return triton.scan
     if name == "mamba-ssm":
         from medxray.encoders.scan import mamba_ssm
 
@@ -180,11 +190,11 @@ def _choose(backend: str, u: Tensor) -> str:
     if backend == "auto":
         # Transforms and exported programs need plain operations; so do doubles, which the kernels do not have.
         plain = u.dtype == torch.float64 or torch.compiler.is_exporting() or _transformed()
-        if plain or u.device.type not in ("cpu", "cuda"):
+        if plain or u.device.type not in ("cpu", "cuda", "meta"):
             return "torch"
-        if u.device.type == "cpu":
+        if u.device.type != "cuda":
             return "cpu"
-        return next((name for name in ("mamba-ssm",) if _missing(name) is None), "torch")
+        return next((name for name in ("triton", "mamba-ssm") if _missing(name) is None), "torch")
     if backend not in BACKENDS:
         raise SpecError(
             f"selective scan: unknown backend {backend!r}{nearest(backend, BACKENDS)}; "
@@ -194,7 +204,8 @@ def _choose(backend: str, u: Tensor) -> str:
         raise SpecError(f"selective scan: backend {backend!r} does not run here: {reason}; take auto")
     if backend not in ("torch", "reference"):
         device = "cpu" if backend == "cpu" else "cuda"
-        if u.dtype == torch.float64 or (u.device.type != device):
+        interpreted = backend == "triton" and not torch.cuda.is_available()
+        if u.dtype == torch.float64 or (u.device.type != device and not interpreted):
             raise SpecError(
                 f"selective scan: backend {backend!r} takes float32, bfloat16 or float16 on {device}, found u in "
                 f"{str(u.dtype).removeprefix('torch.')} on {u.device}; take auto, or backend torch"

@@ -45,7 +45,7 @@ class _Scan(torch.autograd.Function):
         driven = delta * u
         y = torch.zeros_like(u)
         for a, b, c in zip(A.unbind(-1), B.unbind(0), C.unbind(0), strict=True):
-            y = y + _recur(torch.exp(delta * a), driven * b[..., None]) * c[..., None]
+            y = y + recur(torch.exp(delta * a), driven * b[..., None]) * c[..., None]
         return y
 
     @staticmethod
@@ -60,10 +60,10 @@ class _Scan(torch.autograd.Function):
         of_A, of_B, of_C = [], [], []
         for a, b, c in zip(A.unbind(-1), B.unbind(0), C.unbind(0), strict=True):
             decay = torch.exp(delta * a)
-            states = _recur(decay, driven * b[..., None])
+            states = recur(decay, driven * b[..., None])
             # The gradient of the states runs the same recurrence backwards, each with the decay of the step after it.
             after = F.pad(decay[:, 1:], (0, 0, 0, 0, 0, 1))
-            of_states = _recur(after.flip(1), (gradient * c[..., None]).flip(1)).flip(1)
+            of_states = recur(after.flip(1), (gradient * c[..., None]).flip(1)).flip(1)
             of_exponent = of_states * decay * F.pad(states[:, :-1], (0, 0, 0, 0, 1, 0))
             of_driven = of_driven + of_states * b[..., None]
             of_delta = of_delta + of_exponent * a
@@ -74,7 +74,7 @@ class _Scan(torch.autograd.Function):
         return of_driven * delta, of_delta, torch.stack(of_A, -1), torch.stack(of_B), torch.stack(of_C)
 
 
-def _recur(decay: Tensor, x: Tensor) -> Tensor:
+def recur(decay: Tensor, x: Tensor) -> Tensor:
     """h_t = decay_t h_{t-1} + x_t along dimension 1.
 
     All chunks go through their steps together, then each takes over the last state of the one before. Decays only
