@@ -1,13 +1,18 @@
-"""Shared by all tests: medxray first (it makes torchvision importable beside a CPU torch), two threads, own caches."""
+"""Shared by all tests: medxray first (it makes torchvision importable beside a CPU torch), own caches, Triton's
+interpreter where there is no CUDA device."""
 
 import os
 from pathlib import Path
 
 import pytest
+import torch
 
 import medxray  # noqa: F401
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+if not torch.cuda.is_available():
+    # Read when triton is first imported.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 SHARED = Path(os.environ.get("MEDXRAY_SHARED", Path(__file__).parents[2] / "shared"))
 
 

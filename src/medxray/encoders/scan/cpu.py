@@ -16,9 +16,8 @@ from typing import Any
 import numba
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
-from medxray.encoders.scan import cpu_kernels
+from medxray.encoders.scan import cpu_kernels, operators
 from medxray.encoders.scan.cpu_kernels import BLOCK, LANES, TILE
 
 SPAN = 4
@@ -220,42 +219,7 @@ def _(
     return of_u, of_delta, A.new_empty(A.shape), B.new_empty(B.shape), C.new_empty(C.shape), *rows
 
 
-def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, ctx.softplus, ctx.height, ctx.width, _ = inputs
-    ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(*tensors, output[1])
-
-
-def _differentiate(ctx: Any, of_y: Tensor, of_starts: Tensor) -> tuple[Tensor | None, ...]:
-    *tensors, starts = ctx.saved_tensors
-    found = _scan_backward(of_y, *tensors, starts, ctx.softplus, ctx.height, ctx.width)
-    gradients = [None if tensor is None else one for tensor, one in zip(tensors, found, strict=True)]
-    return *gradients, None, None, None, None
-
-
-def _refuse(ctx: Any, *of_gradients: Tensor) -> None:
-    raise RuntimeError("the selective scan's cpu back-end has one derivative; for a second one take backend='torch'")
-
-
-_scan.register_autograd(_differentiate, setup_context=_remember)
-_scan_backward.register_autograd(_refuse)
-
-
-def _operations(shape: list[int], states: int) -> int:
-    """Of the forward pass: 8 for each state of a step (decay, input, recurrence, output) and 3 for each step."""
-    B, K, D, L = shape
-    return B * K * D * L * (8 * states + 3)
-
-
-@register_flop_formula(torch.ops.medxray.scan_cpu)
-def _forward_flop(u: Any, delta: Any, A: Any, *others: Any, out_shape: Any = None, **named: Any) -> int:
-    return _operations(delta, A[1])
-
-
-@register_flop_formula(torch.ops.medxray.scan_cpu_backward)
-def _backward_flop(gradient: Any, u: Any, delta: Any, A: Any, *others: Any, out_shape: Any = None, **named: Any) -> int:
-    # Twice the forward pass for the gradients, once more for the states.
-    return 3 * _operations(delta, A[1])
+operators.complete(_scan, _scan_backward)
 
 
 def scan(
@@ -263,8 +227,6 @@ def scan(
     softplus: bool, size: tuple[int, int] | None = None,
 ) -> Tensor:  # fmt: skip
     """As every back-end's; see `medxray.encoders.scan`."""
-    steps = delta if size else delta[:, None]
-    given = [None if tensor is None else tensor.float() for tensor in (u, steps, A, B, C, D, bias)]
-    keep = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in given)
-    y, _ = _scan(*given, softplus, *(size or (0, 0)), keep)
+    rows = [None if tensor is None else tensor.float() for tensor in (D, bias)]
+    y = operators.call(_scan, u.float(), delta.float(), A.float(), B.float(), C.float(), rows[0], rows[1], softplus, size)
     return y.to(u.dtype)
