@@ -4,6 +4,10 @@ interpreter where there is no CUDA device."""
 import os
 from pathlib import Path
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # One thread a worker, and so in the processes that it starts; OpenMP reads this when torch is imported.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 import torch
 
