@@ -16,12 +16,13 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, turn: Tensor | None = None) -> Tensor:
-        """x (B, N, D) -> (B, N, D); `turn` as `rotary_positions` gives it turns queries and keys."""
+    def forward(self, x: Tensor, angles: Tensor | None = None) -> Tensor:
+        """x (B, N, D) -> (B, N, D); `angles` as `rotary_positions` gives them, (N, d / 2) or (B, 1, N, d / 2) for heads
+        of d channels, turn queries and keys."""
         B, N, D = x.shape
         q, k, v = self.qkv(x).view(B, N, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)
-        if turn is not None:
-            q, k = _turned(q, turn), _turned(k, turn)
+        if angles is not None:
+            q, k = _turned(q, angles), _turned(k, angles)
         out: Tensor = self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, N, D))
         return out
 
@@ -83,9 +84,9 @@ class Block(nn.Module):
             nn.Identity() if layer_scale is None else LayerScale(width, layer_scale) for _ in range(2)
         )
 
-    def forward(self, x: Tensor, turn: Tensor | None = None) -> Tensor:
-        """x (B, N, D) -> (B, N, D)."""
-        x = x + self.drop_path(self.ls1(self.attn(self.norm1(x), turn)))
+    def forward(self, x: Tensor, angles: Tensor | None = None) -> Tensor:
+        """x (B, N, D) -> (B, N, D); `angles` as in `Attention`."""
+        x = x + self.drop_path(self.ls1(self.attn(self.norm1(x), angles)))
         out: Tensor = x + self.drop_path(self.ls2(self.mlp(self.norm2(x))))
         return out
 
@@ -110,10 +111,10 @@ def sincos_positions(width: int, h: int, w: int, device: torch.device) -> Tensor
 
 @functools.lru_cache(maxsize=32)
 def rotary_positions(width: int, h: int, w: int, device: torch.device) -> Tensor:
-    """2-D rotary table (h * w, width / 2) complex64 for heads of `width` (axial, arXiv:2403.13298).
+    """2-D rotary angles (h * w, width / 2) float32 for heads of `width` (axial, arXiv:2403.13298).
 
-    The first half of a head's pairs turns with the column, the second with the row: pair k of each by p 100^(-4k / width)
-    at place p.
+    The first half of a head's pairs of channels turns with the column, the second with the row: pair k of each half by
+    p 100^(-4k / width) at place p.
     """
     if width % 4:
         raise ValueError(f"width of a head must be divisible by 4, found {width}")
@@ -121,14 +122,15 @@ def rotary_positions(width: int, h: int, w: int, device: torch.device) -> Tensor
     frequency = 100.0 ** (-torch.arange(quarter, dtype=torch.float64) / quarter)
     x = (torch.arange(w, dtype=torch.float64)[:, None] * frequency)[None].expand(h, -1, -1)
     y = (torch.arange(h, dtype=torch.float64)[:, None] * frequency)[:, None].expand(-1, w, -1)
-    angle = torch.cat([x, y], 2).reshape(h * w, 2 * quarter)
-    return torch.polar(torch.ones_like(angle), angle).to(device, torch.complex64)
+    return torch.cat([x, y], 2).reshape(h * w, 2 * quarter).float().to(device)
 
 
-def _turned(x: Tensor, turn: Tensor) -> Tensor:
-    """x (B, heads, N, d) with pairs of neighbouring channels turned by `turn`, (N, d / 2) or (B, 1, N, d / 2)."""
-    pairs = torch.view_as_complex(x.float().unflatten(3, (-1, 2)).contiguous())
-    return torch.view_as_real(pairs * turn).flatten(3).to(x.dtype)
+def _turned(x: Tensor, angles: Tensor) -> Tensor:
+    """x (B, heads, N, d) with its pairs of neighbouring channels turned."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    cos, sin = angles.to(dtype).cos(), angles.to(dtype).sin()
+    a, b = x.to(dtype).unflatten(3, (-1, 2)).unbind(4)
+    return torch.stack([a * cos - b * sin, a * sin + b * cos], 4).flatten(3).to(x.dtype)
 
 
 def initialise(module: nn.Module) -> None:

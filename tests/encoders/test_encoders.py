@@ -1,77 +1,106 @@
 """One sweep over every registered encoder, then what each family promises beside it."""
 
 import copy
+import functools
 import json
+import re
+import typing
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import medxray
 from medxray.encoders import ENCODERS, Encoder
+from medxray.encoders.adapt import features_from, stride_of, try_out
+from medxray.encoders.shapes import shapes_only
 from medxray.encoders.timm import TimmEncoder
 from medxray.encoders.transformers import TransformersEncoder
 from medxray.encoders.vmamba import VMamba
-from medxray.types import SpecError, WeightsError
-from medxray.weights import IMAGENET_MEAN, IMAGENET_STD, load_encoder, load_into
+from medxray.types import Features, SpecError, WeightsError
+from medxray.weights import IMAGENET_MEAN, IMAGENET_STD, load_encoder
 
+TRANSFORMERS: dict[str, dict[str, Any]] = {
+    "swin": {"model_type": "swin", "embed_dim": 8, "depths": [2, 2], "num_heads": [1, 2], "window_size": 4},
+    "vit": {"model_type": "vit", "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2},
+    "dinov2": {
+        "model_type": "dinov2_with_registers", "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+    },
+    "convnext": {"model_type": "convnext", "hidden_sizes": [8, 8, 8, 16], "depths": [1, 1, 1, 1]},
+    "resnet": {
+        "model_type": "resnet", "embedding_size": 8, "hidden_sizes": [8, 8, 8, 16], "depths": [1, 1, 1, 1],
+        "layer_type": "basic",
+    },
+}  # fmt: skip
 SMALL: dict[str, list[dict[str, Any]]] = {
-    "vit": [{"width": 32, "depth": 2, "heads": 2}],
-    "vmamba": [{"dims": 8}, {"dims": 8, "version": "v0", "ssm_ratio": 2.0, "state": 2}],
-    # A map with channels first, a sequence, a map with channels last.
-    "timm": [{"model": "test_resnet"}, {"model": "test_vit"}, {"model": "test_mambaout"}],
-    "transformers": [
-        {"config": {"model_type": "swin", "embed_dim": 8, "depths": [2, 2], "num_heads": [1, 2], "window_size": 4}},
-        {"config": {"model_type": "vit", "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}},
-        {
-            "config": {
-                "model_type": "dinov2_with_registers",
-                "hidden_size": 16,
-                "num_hidden_layers": 1,
-                "num_attention_heads": 2,
-            }
-        },
-        {"config": {"model_type": "convnext", "hidden_sizes": [8, 8, 8, 16], "depths": [1, 1, 1, 1]}},
-        {
-            "config": {
-                "model_type": "resnet",
-                "embedding_size": 8,
-                "hidden_sizes": [8, 8, 8, 16],
-                "depths": [1, 1, 1, 1],
-                "layer_type": "basic",
-            }
-        },
+    "vit": [
+        {"width": 32, "depth": 2, "heads": 2},
+        {"width": 32, "depth": 2, "heads": 2, "registers": 2, "layer_scale": 1e-4},
     ],
+    "vim": [{"width": 32, "depth": 2, "head": 16}],
+    "vmamba": [{"dims": 8}, {"dims": 8, "version": "v0", "ssm_ratio": 2.0, "state": 2}],
+    # A map with channels first, a sequence, a map with channels last, rotary positions.
+    "timm": [
+        {"model": "test_resnet"},
+        {"model": "test_vit"},
+        {"model": "test_mambaout"},
+        {"model": "eva02_tiny_patch14_224", "arguments": {"embed_dim": 32, "depth": 1, "num_heads": 2}},
+    ],
+    "transformers": [{"config": config} for config in TRANSFORMERS.values()],
 }
 """Settings that keep the sweep quick; a part that is not named here is swept as it comes."""
 
-CASES = [
-    pytest.param(name, settings, id="-".join([name, *(str(i) for i in [at] if at)]))
-    for name in ENCODERS.names()
-    if name != "module"
-    for at, settings in enumerate(SMALL.get(name, [{}]))
-]
+
+def choices(name: str) -> list[dict[str, Any]]:
+    """Each word that a setting may have in place of its default; back-ends of the scan have tests of their own."""
+    found = []
+    for key, field in ENCODERS.settings_of(name).model_fields.items():
+        if typing.get_origin(field.annotation) is Literal and key not in ("name", "scan"):
+            found += [{key: word} for word in typing.get_args(field.annotation) if word != field.default]
+    return found
 
 
-def images_for(encoder: Encoder, batch: int = 3) -> torch.Tensor:
+def cases() -> list[Any]:
+    """Every registered encoder with its small settings and every choice, for gray and for colour images."""
+    found = []
+    for name in sorted(set(ENCODERS.names()) - {"module"}):
+        small = SMALL.get(name, [{}])
+        own = "channels" in ENCODERS.settings_of(name).model_fields
+        for at, settings in enumerate([*small, *({**small[0], **choice} for choice in choices(name))]):
+            for more in ({"channels": 1}, {"channels": 3}) if own else ({},):
+                label = "-".join([f"{name}{at or ''}", *(f"{n}ch" for n in more.values())])
+                found.append(pytest.param((name, {**settings, **more}), id=label))
+    return found
+
+
+def build(name: str, settings: dict[str, Any], seed: int = 0) -> Encoder:
+    torch.manual_seed(seed)
+    return ENCODERS.build(ENCODERS.settings_of(name)(name=name, **settings)).eval()
+
+
+def images_for(encoder: Encoder, batch: int = 3) -> Tensor:
     """Not square, a multiple of the stride."""
     side = encoder.stride * max(2, 64 // encoder.stride)
     generator = torch.Generator().manual_seed(0)
     return torch.randn(batch, encoder.channels, side, side + encoder.stride, generator=generator)
 
 
-@pytest.mark.parametrize(("name", "settings"), CASES)
-@pytest.mark.parametrize("channels", [1, 3])
-def test_encoder(name: str, settings: dict[str, Any], channels: int, tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    chosen = ENCODERS.settings_of(name)(name=name, **settings, channels=channels)
-    encoder = ENCODERS.build(chosen).eval()
-    images = images_for(encoder)
-    assert encoder.channels == channels == images.shape[1]
-    assert len(encoder.mean) in (1, channels) and len(encoder.std) in (1, channels) and min(encoder.std) > 0
+def everything(encoder: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers, those that are not saved included."""
+    held = {**dict(encoder.named_parameters()), **dict(encoder.named_buffers())}
+    return {name: tensor.detach().clone() for name, tensor in held.items()}
 
+
+@torch.no_grad()
+def check_declarations(encoder: Encoder, other: Encoder) -> None:
+    """Width, stride, channels and normalisation are as declared; the tokens are a map of finite numbers."""
+    images = images_for(encoder)
+    for numbers in (encoder.mean, encoder.std):
+        assert len(numbers) in (1, encoder.channels)
+    assert min(encoder.std) > 0
     features = encoder(images)
     B, N, D = features.tokens.shape
     assert len(images) == B and encoder.width == D
@@ -79,30 +108,210 @@ def test_encoder(name: str, settings: dict[str, Any], channels: int, tmp_path: P
     assert features.grid == (images.shape[2] // encoder.stride, images.shape[3] // encoder.stride)
     assert features.grid[0] * features.grid[1] == N
     assert features.tokens.isfinite().all() and features.pooled.isfinite().all()
-    assert features.tokens.dtype == torch.float32
-    # It looks at its input: other images, other tokens.
+    assert features.tokens.dtype == features.pooled.dtype == torch.float32
+
+
+@torch.no_grad()
+def check_that_it_looks(encoder: Encoder, other: Encoder) -> None:
+    """Other images and other seeds give other tokens."""
+    images = images_for(encoder)
+    features = encoder(images)
     assert (features.pooled[0] - features.pooled[1]).abs().max() > 1e-6
-
-    again = encoder(images)
-    assert torch.equal(again.tokens, features.tokens) and torch.equal(again.pooled, features.pooled)
-    alone = encoder(images[1:2])
-    torch.testing.assert_close(alone.tokens, features.tokens[1:2], rtol=1e-4, atol=1e-5)
-
-    torch.manual_seed(1)
-    other = ENCODERS.build(chosen).eval()
     assert not torch.equal(other(images).tokens, features.tokens)
+
+
+@torch.no_grad()
+def check_that_images_stand_alone(encoder: Encoder, other: Encoder) -> None:
+    """Neither the number nor the order of the images in a batch counts."""
+    images = images_for(encoder)
+    features = encoder(images)
+    alone, turned = encoder(images[1:2]), encoder(images.flip(0))
+    for name in ("tokens", "pooled"):
+        whole = getattr(features, name)
+        torch.testing.assert_close(getattr(alone, name), whole[1:2], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(getattr(turned, name), whole.flip(0), rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def check_that_nothing_is_remembered(encoder: Encoder, other: Encoder) -> None:
+    """In evaluation the same images give the same bits, whatever sizes went before, and no tensor changes."""
+    images = images_for(encoder)
+    before = everything(encoder)
+    first = encoder(images)
+    works(encoder, encoder.stride, encoder.stride)
+    works(encoder, 2 * images.shape[2], images.shape[3])
+    again = encoder(images)
+    assert torch.equal(again.tokens, first.tokens) and torch.equal(again.pooled, first.pooled)
+    after = everything(encoder)
+    assert before.keys() == after.keys()
+    assert [name for name in before if not torch.equal(before[name], after[name])] == []
+
+
+def check_gradients(encoder: Encoder, other: Encoder) -> None:
+    """Every trained parameter has a gradient, finite and not nothing. What has nothing has no say by mathematics."""
+    model, images = copy.deepcopy(encoder).double().train(), images_for(encoder).double()
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        # Branches may start at a scale of zero, and what lies behind them learns once it has moved.
+        for parameter in model.parameters():
+            parameter += 0.02 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+
+    def run() -> Features:
+        torch.manual_seed(3)
+        found: Features = model(images)
+        return found
+
+    features = run()
+    weights = torch.randn(features.tokens.shape, generator=generator, dtype=torch.float64)
+    ((features.tokens * weights).sum() + features.pooled.square().sum()).backward()
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trained
+    gradients = {name: parameter.grad for name, parameter in trained.items()}
+    assert [name for name, gradient in gradients.items() if gradient is None] == []
+    assert [name for name, gradient in gradients.items() if not gradient.isfinite().all()] == []
+    largest = max(gradient.abs().max() for gradient in gradients.values())
+    silent = [name for name, gradient in gradients.items() if gradient.abs().max() <= 1e-12 * largest]
+    # The biases of keys, which a softmax takes away, and those in front of a norm over the batch.
+    for name in silent:
+        assert trained[name].ndim == 1, f"{name} gets no gradient"
+        with torch.no_grad():
+            trained[name] += torch.randn(trained[name].shape, generator=generator, dtype=torch.float64)
+            moved = run()
+        torch.testing.assert_close(moved.tokens, features.tokens, rtol=0, atol=1e-8, msg=f"{name} gets no gradient")
+    assert sum(trained[name].numel() for name in silent) <= 0.02 * sum(p.numel() for p in trained.values())
+
+
+@torch.no_grad()
+def check_odd_sizes(encoder: Encoder, other: Encoder) -> None:
+    """A side that is no multiple of the stride gives a map of tokens, or one error that says which sizes do."""
+    stride, side = encoder.stride, images_for(encoder).shape[2]
+    for height, width in ((side + 1, side + stride // 2 + 1), (side + stride - 1, side), (stride + 1, 2 * stride - 1)):
+        check_size(encoder, height, width)
+
+
+def check_size(encoder: Encoder, height: int, width: int) -> None:
+    try:
+        features = encoder(torch.randn(1, encoder.channels, height, width))
+    except SpecError as error:
+        named = {(int(h), int(w)) for h, w in re.findall(r"(\d+) x (\d+)", str(error))} - {(height, width)}
+        assert any(works(encoder, *size) for size in named), f"no size is named that works: {error}"
+    else:
+        assert features.grid is not None and features.grid[0] * features.grid[1] == features.tokens.shape[1]
+        assert features.tokens.isfinite().all()
+
+
+def works(encoder: Encoder, height: int, width: int) -> bool:
+    try:
+        encoder(torch.zeros(1, encoder.channels, height, width))
+    except SpecError:
+        return False
+    return True
+
+
+@torch.no_grad()
+def check_bfloat16(encoder: Encoder, other: Encoder) -> None:
+    """Weights in bfloat16, and autocast over weights in float32, stay near float32."""
+    images = images_for(encoder)
+    expected = encoder(images)
+    whole = copy.deepcopy(encoder).bfloat16()(images.bfloat16())
+    assert whole.tokens.dtype == whole.pooled.dtype == torch.bfloat16
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = encoder(images)
+    for found in (whole, mixed):
+        for name in ("tokens", "pooled"):
+            a, b = getattr(found, name).float(), getattr(expected, name)
+            assert a.isfinite().all()
+            assert (a - b).norm() < 0.05 * b.norm()
+
+
+@torch.no_grad()
+def check_files(encoder: Encoder, other: Encoder, tmp_path: Path) -> None:
+    """What is saved and loaded into one of another seed computes the same bits."""
+    images = images_for(encoder)
+    other = copy.deepcopy(other)
     torch.save(encoder.state_dict(), tmp_path / "encoder.pt")
     load_encoder(other, str(tmp_path / "encoder.pt"))
-    assert torch.equal(other(images).tokens, features.tokens)
+    assert torch.equal(other(images).tokens, encoder(images).tokens)
 
-    encoder.train()
-    features = encoder(images)
-    weights = torch.randn(features.tokens.shape, generator=torch.Generator().manual_seed(2))
-    (features.tokens * weights).sum().backward()
-    trained = {key: p.grad for key, p in encoder.named_parameters() if p.requires_grad}
-    assert [key for key, gradient in trained.items() if gradient is None or not gradient.isfinite().all()] == []
-    # Branches that start at a scale of zero learn only once it has moved, and keys' biases never do.
-    assert sum(bool(gradient.abs().max() > 0) for gradient in trained.values()) > len(trained) / 2
+
+def check_shapes(encoder: Encoder, other: Encoder) -> None:
+    """The tokens' shape can be had without numbers, and leaves no trace."""
+    images, before = images_for(encoder), everything(encoder)
+    with torch.no_grad():
+        expected = encoder(images)
+    with shapes_only(encoder) as empty:
+        features = empty.train()(torch.zeros(images.shape))
+        assert features.tokens.shape == expected.tokens.shape and features.grid == expected.grid
+        assert type(features.tokens) is not Tensor
+    assert all(torch.equal(tensor, before[name]) for name, tensor in everything(encoder).items())
+    with torch.no_grad():
+        assert torch.equal(encoder(images).tokens, expected.tokens)
+
+
+CHECKS: list[Callable[..., None]] = [
+    check_declarations,
+    check_that_it_looks,
+    check_that_images_stand_alone,
+    check_that_nothing_is_remembered,
+    check_gradients,
+    check_odd_sizes,
+    check_bfloat16,
+    check_files,
+    check_shapes,
+]
+
+
+@pytest.fixture(scope="module", params=cases())
+def pair(request: pytest.FixtureRequest) -> tuple[Encoder, Encoder]:
+    """Two of the same settings and of other seeds; tests leave them as they are."""
+    return build(*request.param), build(*request.param, seed=1)
+
+
+@torch.no_grad()
+def test_images_below_one_token(pair: tuple[Encoder, Encoder]) -> None:
+    check_size(pair[0], max(1, pair[0].stride - 1), pair[0].stride + 1)
+
+
+@pytest.mark.parametrize("check", CHECKS)
+def test_encoder(pair: tuple[Encoder, Encoder], check: Callable[..., None], tmp_path: Path) -> None:
+    check(*pair, tmp_path) if check is check_files else check(*pair)
+
+
+class MeanCNN(Encoder):
+    """An encoder of one's own, with a scale that cannot learn where `idle`."""
+
+    def __init__(self, width: int = 4, idle: bool = False) -> None:
+        super().__init__()
+        self.width, self.stride, self.idle = width, 8, idle
+        self.conv = nn.Conv2d(1, width, 8, 8)
+        self.scale = nn.Parameter(torch.ones(width))
+
+    def forward(self, images: Tensor) -> Features:
+        found = features_from(self.conv(images))
+        scale = self.scale.detach() + 0 * self.scale if self.idle else self.scale
+        return Features(found.tokens * scale, found.grid, found.pooled * scale)
+
+
+@pytest.fixture
+def own_encoder() -> Any:
+    medxray.encoders.register("mean-cnn")(MeanCNN)
+    yield "mean-cnn"
+    ENCODERS._classes.pop("mean-cnn", None)
+    ENCODERS._models.pop("mean-cnn", None)
+
+
+def test_an_encoder_of_ones_own_is_swept_by_being_registered(own_encoder: str, tmp_path: Path) -> None:
+    own = [case.values[0] for case in cases() if case.values[0][0] == own_encoder]
+    assert own == [("mean-cnn", {})]
+    pair = build(*own[0]), build(*own[0], seed=1)
+    for check in CHECKS:
+        check(*pair, tmp_path) if check is check_files else check(*pair)
+
+
+def test_the_sweep_finds_a_parameter_that_cannot_learn(own_encoder: str) -> None:
+    idle = build(own_encoder, {"idle": True})
+    with pytest.raises(AssertionError, match="scale gets no gradient"):
+        check_gradients(idle, idle)
 
 
 def test_rows_and_columns_are_not_mixed_up() -> None:
@@ -110,8 +319,8 @@ def test_rows_and_columns_are_not_mixed_up() -> None:
     for encoder in (
         TimmEncoder("test_resnet"),
         TimmEncoder("test_mambaout"),
-        TransformersEncoder(config=SMALL["transformers"][3]["config"]),
-        TransformersEncoder(config=SMALL["transformers"][0]["config"]),
+        TransformersEncoder(config=TRANSFORMERS["convnext"]),
+        TransformersEncoder(config=TRANSFORMERS["swin"]),
     ):
         encoder.eval()
         images = torch.zeros(2, 1, 8 * encoder.stride, 12 * encoder.stride)
@@ -194,14 +403,40 @@ class TestTimm:
         with pytest.raises(SpecError, match=r"does not take images of 100 x 96"):
             TimmEncoder("test_vit")(torch.zeros(1, 1, 100, 96))
 
-    def test_files_of_timm_itself(self, tmp_path: Path) -> None:
-        """A file with a classifier and timm's own keys, for RGB, into an encoder."""
+    def test_arguments(self) -> None:
+        encoder = TimmEncoder("test_vit", arguments={"patch_size": 8, "depth": 1})
+        assert encoder.stride == 8 and len(encoder.model.blocks) == 1
+        with pytest.raises(SpecError, match=r"'test_vit' of timm does not take arguments.patch_siez"):
+            TimmEncoder("test_vit", arguments={"patch_siez": 8})
+        with pytest.raises(ValueError, match=r"arguments: img_size, in_chans cannot be given there; use encoder"):
+            TimmEncoder("test_vit", arguments={"in_chans": 3, "img_size": 32})
+
+    def test_normalisation(self) -> None:
+        """Of the images that the weights were made for: the model's own in colour, 0.5 for gray, or what is given."""
+        assert TimmEncoder("resnet18", channels=3).mean == IMAGENET_MEAN
+        assert (TimmEncoder("resnet18").mean, TimmEncoder("resnet18").std) == ((0.5,), (0.5,))
+        given = TimmEncoder("resnet18", mean=[0.4, 0.5, 0.6], std=[0.2])
+        assert (given.mean, given.std) == ((0.5,), (0.2,))
+        with pytest.raises(ValueError, match="mean and std belong together"):
+            TimmEncoder("resnet18", mean=[0.4])
+        with pytest.raises(ValueError, match="mean has 2 numbers; give one, three or 1"):
+            TimmEncoder("resnet18", mean=[0.4, 0.5], std=[0.2])
+
+    @pytest.mark.parametrize("model", ["pit_ti_224", "volo_d1_224"])
+    def test_tokens_that_are_no_map(self, model: str) -> None:
+        """A class token alone, and one among the others that the model does not tell of."""
+        with torch.device("meta"), pytest.raises(SpecError, match=r"gives 1(97)? tokens for 224 x 224.*take another"):
+            TimmEncoder(model)
+
+    @pytest.mark.parametrize("name", ["resnet10t", "test_efficientnet", "test_convnext"])
+    def test_files_of_timm_itself(self, name: str, tmp_path: Path) -> None:
+        """A file with a classifier, whatever that is called, and timm's own keys, for RGB, into an encoder."""
         import timm
 
-        model = timm.create_model("resnet10t", pretrained=False).eval()
-        torch.save({"state_dict": model.state_dict()}, tmp_path / "resnet.pth")
-        encoder = TimmEncoder("resnet10t", channels=3).eval()
-        load_encoder(encoder, str(tmp_path / "resnet.pth"))
+        model = timm.create_model(name, pretrained=False).eval()
+        torch.save({"state_dict": model.state_dict()}, tmp_path / "model.pth")
+        encoder = TimmEncoder(name, channels=3).eval()
+        load_encoder(encoder, str(tmp_path / "model.pth"))
         images = torch.randn(1, 3, 64, 64)
         with torch.no_grad():
             expected = model.forward_features(images).flatten(2).transpose(1, 2)
@@ -209,7 +444,7 @@ class TestTimm:
 
 
 class TestTransformers:
-    VIT = SMALL["transformers"][1]["config"]
+    VIT = TRANSFORMERS["vit"]
 
     def save(self, folder: Path, config: dict[str, Any], **preprocessor: Any) -> nn.Module:
         from transformers import AutoConfig, AutoModel
@@ -230,6 +465,35 @@ class TestTransformers:
         with torch.no_grad():
             expected = model(pixel_values=images, interpolate_pos_encoding=True).last_hidden_state[:, 1:]
             torch.testing.assert_close(encoder(images).tokens, expected)
+
+    @pytest.mark.parametrize(
+        ("model_type", "size", "grid", "stride", "leading"),
+        [
+            # A pooled token without a parameter; a class token that only a head has; two; strides that round up and
+            # down; class token at the last stage alone.
+            ("dinov3_convnext", 224, (7, 7), 32, 1),
+            ("aimv2_vision_model", 224, (16, 16), 14, 0),
+            ("deit", 224, (14, 14), 16, 2),
+            ("levit", 224, (4, 4), 64, 0),
+            ("efficientnet", 600, (18, 18), 32, 0),
+            ("pvt", 224, (7, 7), 32, 1),
+        ],
+    )
+    def test_which_tokens_are_the_map(
+        self, model_type: str, size: int, grid: tuple[int, int], stride: int, leading: int
+    ) -> None:
+        with torch.device("meta"):
+            encoder = TransformersEncoder(config={"model_type": model_type})
+        assert (encoder.size, encoder.stride, encoder.leading) == ((size, size), stride, leading)
+        with shapes_only(encoder) as empty:
+            assert empty(torch.zeros(1, 1, size, size)).grid == grid
+
+    def test_models_whose_output_is_no_map(self) -> None:
+        with torch.device("meta"):
+            with pytest.raises(SpecError, match=r"'yolos' of transformers gives \d+ tokens .* which are not a map"):
+                TransformersEncoder(config={"model_type": "yolos"})
+            with pytest.raises(SpecError, match=r"needs pixel_attention_mask, spatial_shapes beside the image; take"):
+                TransformersEncoder(config={"model_type": "siglip2_vision_model"})
 
     def test_gray_images_are_what_their_rgb_copies_are(self, tmp_path: Path) -> None:
         self.save(tmp_path, self.VIT, image_mean=[0.5, 0.4, 0.3], image_std=[0.2, 0.25, 0.5])
@@ -299,26 +563,63 @@ class TestTransformers:
             TransformersEncoder(str(tmp_path))
 
 
-def test_an_encoder_of_ones_own_is_swept_and_built() -> None:
-    try:
+class TestShapes:
+    def test_what_functions_keep_does_not_outlive_the_pass(self) -> None:
+        @functools.lru_cache
+        def table(width: int) -> tuple[Tensor]:
+            return (torch.ones(width),)
 
-        @medxray.encoders.register("mean-cnn")
-        class MeanCNN(Encoder):
-            def __init__(self, width: int = 4) -> None:
-                super().__init__()
-                self.width, self.stride = width, 8
-                self.conv = nn.Conv2d(1, width, 8, 8)
+        @functools.cache
+        def untouched() -> Tensor:
+            return torch.ones(1)
 
-            def forward(self, images: torch.Tensor) -> Any:
-                from medxray.encoders.adapt import features_from
+        class Cached(MeanCNN):
+            def forward(self, images: Tensor) -> Features:
+                features = super().forward(images)
+                return Features(features.tokens + table(self.width)[0], features.grid, features.pooled)
 
-                return features_from(self.conv(images))
+        encoder, kept = Cached(), untouched()
+        with shapes_only(encoder) as empty:
+            empty(torch.zeros(1, 1, 16, 16))
+            assert type(table(4)[0]) is not Tensor
+        assert type(table(4)[0]) is Tensor
+        assert untouched() is kept
 
-        built = ENCODERS.build(ENCODERS.settings_of("mean-cnn")(width=6))
-        assert isinstance(built, MeanCNN)
-        assert built(torch.zeros(2, 1, 16, 24)).grid == (2, 3)
-        state = built.state_dict()
-        load_into(built, state, "itself")
-    finally:
-        ENCODERS._classes.pop("mean-cnn", None)
-        ENCODERS._models.pop("mean-cnn", None)
+    def test_guards_against_bad_numbers_are_answered(self) -> None:
+        class Guarded(MeanCNN):
+            def forward(self, images: Tensor) -> Features:
+                if not images.isfinite().all() or images.isnan().any():
+                    raise ValueError("bad numbers")
+                return super().forward(images)
+
+        encoder = Guarded()
+        with shapes_only(encoder) as empty:
+            assert empty(torch.zeros(1, 1, 16, 24)).grid == (2, 3)
+        with pytest.raises(ValueError, match="bad numbers"):
+            encoder(torch.full((1, 1, 16, 16), torch.nan))
+
+    def test_what_needs_numbers_is_tried_with_them(self) -> None:
+        class Needy(MeanCNN):
+            def forward(self, images: Tensor) -> Features:
+                assert images.sum().item() == 0
+                return super().forward(images)
+
+        encoder = Needy()
+        encoder.unused = nn.Parameter(torch.zeros(1))
+        assert try_out(encoder, 16, 24) == (6, 4, (2, 3))
+        assert not encoder.unused.requires_grad and encoder.scale.requires_grad
+
+    @pytest.mark.parametrize(
+        ("tokens", "size", "stride"),
+        [
+            (196, (224, 224), 16),
+            (256, (224, 224), 14),
+            (16, (224, 224), 64),
+            ((18, 18), (600, 600), 32),
+            (6, (16, 24), 8),
+            (255, (224, 224), None),
+            (50, (224, 224), None),
+        ],
+    )
+    def test_stride(self, tokens: int | tuple[int, int], size: tuple[int, int], stride: int | None) -> None:
+        assert stride_of(tokens, *size) == stride

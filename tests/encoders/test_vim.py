@@ -11,8 +11,8 @@ from torch.nn import functional as F
 import medxray
 from medxray.encoders.scan.ssd import ssd
 from medxray.encoders.vim import MambaMixer, SSDMixer, Vim
-from medxray.types import SpecError
-from medxray.weights import load_encoder
+from medxray.types import SpecError, WeightsError
+from medxray.weights import IMAGENET_MEAN, IMAGENET_STD, load_encoder
 
 assert medxray.encoders  # which makes the libraries below importable where torchvision's operators are missing
 
@@ -30,9 +30,7 @@ def hub(name: str, **config: Any) -> Any:
     return Mamba2(transformers.Mamba2Config(hidden_size=32, **sizes, **config), layer_idx=0).eval()
 
 
-def by_steps(
-    x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, bias: Tensor
-) -> Tensor:
+def by_steps(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, bias: Tensor) -> Tensor:
     """The definition of ssd, one step after the other."""
     delta = F.softplus(delta + bias)
     B, C = (m.repeat_interleave(x.shape[2] // m.shape[2], 2) for m in (B, C))
@@ -77,6 +75,20 @@ class TestSSD:
         found, expected = ssd(*(t.float() for t in given), delta_softplus=True), by_steps(*given)
         assert found.isfinite().all() and (found - expected).abs().max() <= 1e-4 * expected.abs().max()
 
+    def test_long_steps_do_not_blur_short_ones(self) -> None:
+        """A step that forgets everything has an exponent beside which those of the steps after it are rounding."""
+        x, delta, A, B, C, *_ = arguments(200, 2, 1, 4, 4)
+        with torch.no_grad():
+            delta.fill_(1e-3)[:, [3, 70]] = 1000.0
+            A.fill_(-16.0)
+        given = [tensor.detach() for tensor in (x, delta, A, B, C)]
+        zeros = torch.zeros(2, dtype=torch.float64)
+        # The inverse of the softplus in the definition.
+        expected = by_steps(x, delta + torch.log(-torch.expm1(-delta)), A, B, C, zeros, zeros)
+        found = ssd(*(tensor.float() for tensor in given))
+        for part in (slice(4, 70), slice(71, 200)):
+            assert (found - expected)[:, part].abs().max() <= 1e-6 * expected[:, part].abs().max()
+
     def test_half_precision(self) -> None:
         given = [tensor.detach().bfloat16() for tensor in arguments(70, 2, 1, 4, 4)]
         with torch.autocast("cpu", torch.bfloat16):
@@ -91,8 +103,19 @@ class TestSSD:
             ssd(x, delta[..., :3], A, B, C)
         with pytest.raises(SpecError, match=r"ssd: C is \(2, 5, 1, 3\)"):
             ssd(x, delta, A, B, C[:, :, :1])
-        with pytest.raises(SpecError, match=r"groups that divide the 3 heads"):
+        with pytest.raises(SpecError, match=r"ssd: B is \(2, 5, 2, 3\), .* G dividing the 3 heads of x"):
             ssd(x[:, :, :3], delta[..., :3], A[:3], B, C)
+        with pytest.raises(SpecError, match=r"ssd: B is \(2, 5, 3\), expected \(2, 5, G, N\)"):
+            ssd(x, delta, A, B[:, :, 0], C)
+        with pytest.raises(SpecError, match=r"ssd: B is \(2, 4, 2, 3\), expected \(2, 5, 2, 3\) beside x \(2, 5, 4, 2\)"):
+            ssd(x, delta, A, B[:, :4], C)
+        with pytest.raises(SpecError, match=r"ssd: A is \(3,\), expected \(4,\)"):
+            ssd(x, delta, A[:3], B, C)
+        for name in ("D", "delta_bias"):
+            with pytest.raises(SpecError, match=rf"ssd: {name} is \(2, 2\), expected \(4,\)"):
+                ssd(x, delta, A, B, C, **{name: torch.ones(2, 2)})
+        with pytest.raises(SpecError, match=r"ssd: x is \(2, 0, 4, 2\), .* at least one step"):
+            ssd(x[:, :0], delta[:, :0], A, B[:, :0], C[:, :0])
 
 
 def one_way(mixer: Any, source: Any) -> Any:
@@ -151,19 +174,86 @@ class TestMixers:
         assert (mixer(x) - first).abs().max() > 1e-4
 
 
+def literal_mamba(state: dict[str, Tensor], x: Tensor) -> Tensor:
+    """Algorithm 1 of arXiv:2401.09417 for one sequence (L, D), one step, channel and number of state after the other."""
+    x, gate = (x @ state["in_proj.weight"].T).chunk(2, 1)
+    results = []
+    for end, A in (("", "A_log"), ("_b", "A_b_log")):
+        u = x.flip(0) if end else x
+        kernel, bias = state[f"conv1d{end}.weight"][:, 0], state[f"conv1d{end}.bias"]
+        taps = kernel.shape[1]
+        seen = torch.cat([torch.zeros_like(u[: taps - 1]), u])
+        u = F.silu(torch.stack([(seen[t : t + taps] * kernel.T).sum(0) + bias for t in range(len(u))]))
+        rank, N = state[f"dt_proj{end}.weight"].shape[1], state[A].shape[1]
+        steps, B, C = (u @ state[f"x_proj{end}.weight"].T).split([rank, N, N], 1)
+        delta = F.softplus(steps @ state[f"dt_proj{end}.weight"].T + state[f"dt_proj{end}.bias"])
+        h, y = torch.zeros(u.shape[1], N, dtype=u.dtype), torch.zeros_like(u)
+        for t in range(len(u)):
+            for n in range(N):
+                h[:, n] = torch.exp(-delta[t] * state[A][:, n].exp()) * h[:, n] + delta[t] * B[t, n] * u[t]
+            y[t] = h @ C[t] + state[f"D{end}"] * u[t]
+        results.append(y.flip(0) if end else y)
+    return (sum(results) * F.silu(gate) / 2) @ state["out_proj.weight"].T
+
+
+def literal_ssd(state: dict[str, Tensor], x: Tensor) -> Tensor:
+    """The same for Mamba-2's mixer, in both directions."""
+    heads, inner = len(state["D"]), len(state["norm.weight"])
+    N = (len(state["in_proj.weight"]) - 2 * inner - heads) // 2
+    gate, mixed, steps = (x @ state["in_proj.weight"].T).split([inner, inner + 2 * N, heads], 1)
+    results = []
+    for end, A in (("", "A_log"), ("_b", "A_b_log")):
+        u, delta = (mixed.flip(0), steps.flip(0)) if end else (mixed, steps)
+        kernel = state[f"conv1d{end}.weight"]
+        u = F.pad(u.T, (kernel.shape[2] - 1, 0))[None]
+        u, B, C = F.silu(F.conv1d(u, kernel, state[f"conv1d{end}.bias"], groups=len(kernel)))[0].T.split([inner, N, N], 1)
+        rest = (B[None, :, None], C[None, :, None], state[f"D{end}"], state[f"dt_bias{end}"])
+        y = by_steps(u.unflatten(1, (heads, -1))[None], delta[None], -state[A].exp(), *rest)[0].flatten(1)
+        results.append(y.flip(0) if end else y)
+    y = sum(results) / 2 * F.silu(gate)
+    y = y / (y.square().mean(1, keepdim=True) + 1e-5).sqrt() * state["norm.weight"]
+    return y @ state["out_proj.weight"].T
+
+
 def small(**settings: Any) -> Vim:
     torch.manual_seed(0)
     return Vim(**{"width": 32, "depth": 2, "state": 4, **settings}).eval()
 
 
 class TestVim:
-    @pytest.mark.parametrize(("size", "millions"), [("tiny", 7), ("small", 26)])
+    @pytest.mark.parametrize(("size", "millions"), [("tiny", 7), ("small", 26), ("base", 98)])
     def test_sizes_are_those_of_the_paper(self, size: str, millions: int) -> None:
         """Table 1 of arXiv:2401.09417, its head of 1,000 classes left out here."""
         with torch.device("meta"):
             encoder = Vim(size, channels=3)  # type: ignore[arg-type]
         head = 1001 * encoder.width
         assert (sum(p.numel() for p in encoder.parameters()) + head) / 1e6 == pytest.approx(millions, abs=0.5)
+
+    @pytest.mark.parametrize("block", ["mamba", "ssd"])
+    def test_equals_the_definition(self, block: str) -> None:
+        """From pixels to tokens, with every parameter moved away from where it starts."""
+        encoder = small(block=block, width=16, patch=8, grid_side=3, head=8).double()
+        with torch.no_grad():
+            for parameter in encoder.parameters():
+                parameter.add_(0.1 * torch.randn_like(parameter))
+        state, image = encoder.state_dict(), torch.randn(1, 24, 24).double()
+        patches = [image[:, i : i + 8, j : j + 8].flatten() for i in range(0, 24, 8) for j in range(0, 24, 8)]
+        rows = torch.stack(patches) @ state["patch_embed.proj.weight"].flatten(1).T + state["patch_embed.proj.bias"]
+        x = torch.cat([rows[:4], state["cls_token"][0], rows[4:]]) + state["pos_embed"][0]
+
+        def norm(name: str) -> Tensor:
+            return x / (x.square().mean(1, keepdim=True) + 1e-5).sqrt() * state[f"{name}.weight"]
+
+        for i in range(2):
+            prefix = f"layers.{i}.mixer."
+            mixer = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+            x = x + (literal_mamba if block == "mamba" else literal_ssd)(mixer, norm(f"layers.{i}.norm"))
+        x = norm("norm_f")
+        features = encoder(image[None])
+        assert features.grid == (3, 3)
+        # The decays are made in float32 and then double.
+        torch.testing.assert_close(features.pooled[0], x[4], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(features.tokens[0], torch.cat([x[:4], x[5:]]), rtol=1e-5, atol=1e-6)
 
     @pytest.mark.parametrize("block", ["mamba", "ssd"])
     def test_the_class_token_stands_in_the_middle(self, block: str) -> None:
@@ -184,7 +274,7 @@ class TestVim:
     def test_positions_of_another_grid(self) -> None:
         encoder = small()
         with torch.no_grad():
-            # A plane stays nearly a plane.
+            # A plane stays a plane, away from its border.
             y, x = torch.meshgrid(torch.arange(14.0), torch.arange(14.0), indexing="ij")
             plane = torch.stack([x, y], -1).flatten(0, 1)
             encoder.pos_embed.zero_()
@@ -192,8 +282,9 @@ class TestVim:
         table = encoder.positions(28, 28)
         grid = torch.cat([table[:, :392], table[:, 393:]], 1).view(28, 28, 32)
         expected = (torch.arange(28.0) + 0.5) / 2 - 0.5
-        torch.testing.assert_close(grid[14, 6:-6, 0], expected[6:-6], rtol=0, atol=0.06)
-        torch.testing.assert_close(grid[6:-6, 14, 1], expected[6:-6], rtol=0, atol=0.06)
+        torch.testing.assert_close(grid[14, 6:-6, 0], expected[6:-6], rtol=0, atol=1e-4)
+        torch.testing.assert_close(grid[6:-6, 14, 1], expected[6:-6], rtol=0, atol=1e-4)
+        assert encoder.bfloat16().positions(28, 28).dtype == torch.bfloat16
 
     def test_public_file(self, tmp_path: Path) -> None:
         """Under `model`, for RGB, with a head."""
@@ -209,6 +300,29 @@ class TestVim:
         assert torch.equal(twin(images).pooled, source(images).pooled)
         gray = Vim(width=32, depth=2, state=4).eval()
         load_encoder(gray, str(tmp_path / "vim.pth"))
+        pixels = torch.rand(1, 1, 32, 48)
+        m, s = (torch.tensor(numbers).view(-1, 1, 1) for numbers in (IMAGENET_MEAN, IMAGENET_STD))
+        found, expected = gray((pixels - 0.5) / 0.5), source((pixels.expand(-1, 3, -1, -1) - m) / s)
+        torch.testing.assert_close(found.pooled, expected.pooled, rtol=1e-4, atol=1e-4)
+        with pytest.raises(WeightsError, match=r"pos_embed is \(1, 197, 32\) in the file and \(1, 730, 32\) in the model"):
+            load_encoder(small(channels=3, grid_side=27), str(tmp_path / "vim.pth"))
+
+    def test_patches_that_overlap(self) -> None:
+        """As in the public `_ft_` files: 224 pixels are 27 x 27 patches of 16, one every 8."""
+        encoder = small(step=8, grid_side=7)
+        features = encoder(torch.randn(1, 1, 64, 64))
+        assert encoder.stride == 8 and features.grid == (7, 7)
+        assert encoder(torch.randn(1, 1, 224, 224)).grid == (27, 27)
+        assert encoder.patch_embed.proj.weight.shape == (32, 1, 16, 16)
+        with pytest.raises(SpecError, match=r"60 x 8 is not a multiple of encoder.step 8 from .*patch 16 on; take 64 x 16"):
+            encoder(torch.zeros(1, 1, 60, 8))
+        with pytest.raises(ValueError, match=r"step must divide patch 16, found 6"):
+            small(step=6)
+
+    def test_heads_are_64_channels_or_what_divides(self) -> None:
+        for width, heads in ((192, 6), (32, 1), (24, 3)):
+            mixer = small(width=width, block="ssd").layers[0].mixer
+            assert mixer.D.shape == mixer.A_b_log.shape == (heads,)
 
     def test_recomputed_activations_change_nothing(self) -> None:
         images, found = torch.randn(2, 1, 32, 32), []

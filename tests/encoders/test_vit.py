@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from medxray.encoders.vit import ViT
-from medxray.layers import Attention, LayerScale, rotary_positions
+from medxray.layers import Attention, LayerScale, rotary_positions, sincos_positions
 from medxray.types import SpecError
 
 
@@ -49,6 +49,33 @@ def test_a_subset_knows_its_places(settings: dict[str, Any]) -> None:
     if settings:
         others = encoder.encode(tokens.gather(1, keep[..., None].expand(-1, -1, 48)), (3, 4), (keep * 5 + 1) % 12)
         assert (others - first).abs().max() > 1e-4
+    assert kept(keep[:, :1]).shape == (2, 2, 48)
+
+
+@pytest.mark.parametrize("settings", [{}, EVERYTHING], ids=["plain", "everything"])
+def test_a_subset_is_the_whole_with_the_others_out_of_sight(settings: dict[str, Any]) -> None:
+    """Against attention over every token of the grid in which nobody looks at those that are left out."""
+    encoder, keep = small(**settings), torch.tensor([[9, 0, 4, 7, 2]])
+    tokens = encoder.embed(torch.randn(1, 1, 48, 64))
+    found = encoder.encode(tokens[:, keep[0]], (3, 4), keep)
+
+    single = 1 + encoder.registers
+    x = torch.cat([encoder.cls_token, *([encoder.reg_token] if encoder.registers else []), tokens], 1)
+    seen = torch.cat([torch.arange(single), single + keep[0]])
+    hidden = torch.full((x.shape[1],), float("-inf")).index_fill(0, seen, 0.0)
+    turn = torch.ones(x.shape[1], 8, dtype=torch.complex64)
+    if settings:
+        row, column = torch.meshgrid(torch.arange(3.0), torch.arange(4.0), indexing="ij")
+        angles = torch.stack([place[..., None] * 100 ** (-torch.arange(4) / 4) for place in (column, row)], 2)
+        turn[single:] = torch.polar(torch.ones(12, 8), angles.view(12, 8))
+    for block in encoder.blocks:
+        q, k, v = block.attn.qkv(block.norm1(x)).view(1, -1, 3, 3, 16).permute(2, 0, 3, 1, 4)
+        q, k = (torch.view_as_real(torch.view_as_complex(t.reshape(1, 3, -1, 8, 2)) * turn).flatten(3) for t in (q, k))
+        y = ((q @ k.mT / 4 + hidden).softmax(3) @ v).transpose(1, 2).flatten(2)
+        x = x + block.ls1(block.attn.proj(y))
+        x = x + block.ls2(block.mlp(block.norm2(x)))
+    expected = encoder.norm(x[:, [0, *(single + keep[0]).tolist()]])
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
 class TestRope:
@@ -56,6 +83,7 @@ class TestRope:
         torch.manual_seed(0)
         attention, x = Attention(48, 3), torch.randn(1, 12, 48)
         wide = rotary_positions(16, 8, 9, torch.device("cpu")).view(8, 9, 8)
+        assert wide.dtype == torch.float32
         results = [
             attention(x, wide[row : row + 3, column : column + 4].reshape(12, 8)) for row, column in ((0, 0), (4, 2), (5, 5))
         ]
@@ -66,10 +94,20 @@ class TestRope:
         turned = attention(x, wide[:4, :3].transpose(0, 1).reshape(12, 8))
         assert (turned - results[0]).abs().max() > 1e-3
 
-    def test_lengths_are_kept(self) -> None:
-        table = rotary_positions(16, 5, 7, torch.device("cpu"))
-        assert table.shape == (35, 8) and table.dtype == torch.complex64
-        torch.testing.assert_close(table.abs(), torch.ones(35, 8))
+    def test_doubles_stay_doubles(self) -> None:
+        """Differences of places decide in all digits."""
+        attention, x = Attention(48, 3).double(), torch.randn(1, 12, 48).double()
+        # Angles that float32 holds exactly.
+        angles = torch.arange(96.0).view(12, 8) / 64
+        torch.testing.assert_close(attention(x, angles + 2), attention(x, angles), rtol=1e-12, atol=1e-14)
+
+    def test_class_token_and_registers_have_no_place(self) -> None:
+        """At row 0 and column 0 nothing turns; elsewhere a patch is turned and what has no place is not."""
+        turned, plain = (small(positions=positions, registers=2) for positions in ("rope", "sincos"))
+        token = torch.randn(1, 1, 48)
+        at = [turned.encode(token, (3, 3), torch.tensor([[place]])) for place in (0, 5)]
+        torch.testing.assert_close(at[0], plain.encode(token, (1, 1)), rtol=0, atol=0)
+        assert (at[1] - at[0]).abs().max() > 1e-4
 
     def test_no_position_is_added(self) -> None:
         encoder = small(positions="rope")
@@ -98,9 +136,8 @@ class TestRegistersAndScale:
         torch.testing.assert_close(encoder.encode(tokens, (2, 2))[:, 1:], encoder.norm(tokens))
 
     def test_keys_are_those_of_timm(self) -> None:
-        settings = {"img_size": 224, "num_classes": 0, "reg_tokens": 4, "init_values": 1e-5, "class_token": True}
-        theirs = timm.create_model("vit_small_patch16_224", **settings)
-        ours = ViT("small", channels=3, registers=4, layer_scale=1e-5)
+        theirs = timm.create_model("vit_small_patch14_reg4_dinov2", img_size=56, num_classes=0)
+        ours = ViT("small", patch=14, channels=3, registers=4, layer_scale=1e-5)
         shapes = {key: value.shape for key, value in theirs.state_dict().items() if key != "pos_embed"}
         assert {key: value.shape for key, value in ours.state_dict().items()} == shapes
 
@@ -109,22 +146,22 @@ class TestRegistersAndScale:
         shapes = {key: value.shape for key, value in theirs.state_dict().items() if key != "pos_embed"}
         assert {key: value.shape for key, value in ViT("small", channels=3).state_dict().items()} == shapes
 
-    def test_blocks_are_those_of_timm(self) -> None:
-        """The same weights, class token, registers and scales give the same tokens."""
+    def test_images_are_what_timm_makes_of_them(self) -> None:
+        """The same weights, class token, registers and scales, with timm's learned table holding our positions."""
+        torch.manual_seed(0)
         theirs = timm.create_model(
-            "vit_tiny_patch16_224", num_classes=0, img_size=32, reg_tokens=2, init_values=0.5, no_embed_class=True
+            "vit_tiny_patch16_224", num_classes=0, img_size=(32, 48), reg_tokens=2, init_values=0.5, no_embed_class=True
         ).eval()
-        ours = ViT("tiny", channels=3, registers=2, layer_scale=0.5).eval()
-        state = theirs.state_dict()
-        state.pop("pos_embed")
-        ours.load_state_dict(state)
+        ours = ViT("tiny", channels=3, registers=2, layer_scale=0.1).eval()
         with torch.no_grad():
-            tokens = ours.patch_embed(torch.randn(2, 3, 32, 32))
-            x = torch.cat([theirs.cls_token.expand(2, -1, -1), theirs.reg_token.expand(2, -1, -1), tokens], 1)
-            expected = theirs.norm(theirs.blocks(x))
-            found = ours.encode(tokens, (2, 2))
-        torch.testing.assert_close(found[:, 1:], expected[:, 3:], rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(found[:, 0], expected[:, 0], rtol=1e-4, atol=1e-4)
+            theirs.pos_embed.copy_(sincos_positions(192, 2, 3, torch.device("cpu")))
+            theirs.reg_token.normal_()
+            state = theirs.state_dict()
+            state.pop("pos_embed")
+            ours.load_state_dict(state)
+            images = torch.randn(2, 3, 32, 48)
+            expected, found = theirs.forward_features(images), ours(images)
+        torch.testing.assert_close(found.tokens, expected[:, 3:], rtol=1e-4, atol=1e-4)
 
 
 def test_recomputed_activations_change_nothing() -> None:

@@ -150,6 +150,30 @@ def test_rgb_kernels_fold_exactly_for_gray_images(tmp_path: Path) -> None:
     torch.testing.assert_close(found.tokens, expected.tokens, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("pointwise", [False, True])
+def test_public_file_of_vmamba_for_gray_images(tmp_path: Path, pointwise: bool) -> None:
+    """Colour, under `model` beside a moving average, with its classifier, linear layers in either form."""
+    rgb, gray = VMamba(dims=8, channels=3), VMamba(dims=8)
+    nn.init.normal_(rgb.patch_embed[0].bias)
+    linear = ("in_proj.weight", "out_proj.weight", "fc1.weight", "fc2.weight")
+    state = {
+        key: value[:, :, None, None] if pointwise and key.endswith(linear) else value
+        for key, value in rgb.state_dict().items()
+    }
+    state |= {"classifier.head.weight": torch.zeros(1000, 64), "classifier.head.bias": torch.zeros(1000)}
+    held = {"model": state, "model_ema": {key: value + 1 for key, value in state.items()}, "epoch": 237}
+    torch.save(held, tmp_path / "vssm.pth")
+    load_encoder(gray, str(tmp_path / "vssm.pth"))
+    own = rgb.state_dict()
+    assert all(torch.equal(v, own[k]) for k, v in gray.state_dict().items() if not k.startswith("patch_embed.0."))
+    # The same but for the border, which each pads with its own zero.
+    pixels = torch.rand(2, 1, 32, 48)
+    means, stds = (torch.tensor(numbers).view(3, 1, 1) for numbers in (IMAGENET_MEAN, IMAGENET_STD))
+    expected = rgb.patch_embed[0]((pixels.expand(-1, 3, -1, -1) - means) / stds)
+    found = gray.patch_embed[0]((pixels - gray.mean[0]) / gray.std[0])
+    torch.testing.assert_close(found[..., 1:, 1:], expected[..., 1:, 1:], rtol=1e-4, atol=1e-5)
+
+
 def test_a_fold_that_would_not_be_exact_is_refused(tmp_path: Path) -> None:
     class Bare(nn.Module):
         def __init__(self, channels: int) -> None:

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from medxray.encoders import Encoder, tried
+from medxray.encoders.shapes import shapes_only
 from medxray.types import Features, SpecError
 
 
@@ -32,20 +33,71 @@ def grid_of(tokens: int, height: int, width: int, stride: int) -> tuple[int, int
     return None
 
 
-def try_out(encoder: Encoder, height: int, width: int) -> Features:
-    """One pass over a black image, in evaluation.
+def stride_of(tokens: int | tuple[int, int], height: int, width: int) -> int | None:
+    """Pixels a token, from so many tokens or a grid; None where no stride gives them.
+
+    Where several do, a power of two is meant, or else the one that divides the height.
+    """
+
+    def fits(stride: int) -> bool:
+        grids = ((height // stride, width // stride), (-(-height // stride), -(-width // stride)))
+        return any(grid == tokens or grid[0] * grid[1] == tokens for grid in grids)
+
+    found = [stride for stride in range(1, max(height, width) + 1) if fits(stride)]
+    return min(found, key=lambda stride: (stride.bit_count() > 1, height % stride), default=None)
+
+
+def try_out(encoder: Encoder, height: int, width: int) -> tuple[int, int, tuple[int, int] | None]:
+    """N, D and the grid of the tokens of one image, from its shape alone where that is possible.
 
     Parameters that have no part in the tokens, such as a head's norm or a mask token, are set not to be trained.
     """
+    try:
+        with shapes_only(encoder) as copy:
+            features, used = _parts_of_tokens(copy, height, width)
+    except Exception:
+        # What fails without numbers is tried with them; then errors are the encoder's own.
+        features, used = _parts_of_tokens(encoder, height, width)
+    for parameter, has_part in zip(_trained(encoder), used, strict=True):
+        parameter.requires_grad_(has_part)
+    return features.tokens.shape[1], features.tokens.shape[2], features.grid
+
+
+def _parts_of_tokens(encoder: Encoder, height: int, width: int) -> tuple[Features, list[bool]]:
     training = encoder.training
-    with torch.enable_grad():
-        features: Features = encoder.eval()(torch.zeros(1, encoder.channels, height, width))
-        parameters = list(encoder.parameters())
-        gradients = torch.autograd.grad(features.tokens.sum(), parameters, allow_unused=True)
-    for parameter, gradient in zip(parameters, gradients, strict=True):
-        parameter.requires_grad_(gradient is not None)
-    encoder.train(training)
-    return Features(features.tokens.detach(), features.grid, features.pooled.detach())
+    try:
+        with torch.enable_grad():
+            features: Features = encoder.eval()(torch.zeros(1, encoder.channels, height, width))
+            gradients = torch.autograd.grad(features.tokens.sum(), _trained(encoder), allow_unused=True)
+    finally:
+        encoder.train(training)
+    return features, [gradient is not None for gradient in gradients]
+
+
+def _trained(encoder: Encoder) -> list[nn.Parameter]:
+    return [parameter for parameter in encoder.parameters() if parameter.requires_grad]
+
+
+class Coloured(nn.Module):
+    """Gray images as the colour images that a model was made for.
+
+    Attributes:
+        mean, std: normalisation of the gray pixels: the means over the colours.
+    """
+
+    gain: Tensor
+    shift: Tensor
+
+    def __init__(self, means: tuple[float, ...], stds: tuple[float, ...], channels: int) -> None:
+        super().__init__()
+        self.mean, self.std = (sum(means) / len(means),), (sum(stds) / len(stds),)
+        m, s = (torch.tensor(numbers).expand(channels).view(-1, 1, 1) for numbers in (means, stds))
+        self.register_buffer("gain", self.std[0] / s, persistent=False)
+        self.register_buffer("shift", (self.mean[0] - m) / s, persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, 1, H, W) -> (B, C, H, W), exactly what a gray image saved in colour would be."""
+        return images * self.gain + self.shift
 
 
 class ModuleEncoder(Encoder):

@@ -1,5 +1,6 @@
 """Any vision model of transformers as an encoder."""
 
+import copy
 import functools
 import inspect
 import math
@@ -9,14 +10,16 @@ from typing import Annotated, Any
 import torch
 from pydantic import Field
 from torch import Tensor, nn
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModel
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModel, ViTModel
 from transformers.image_processing_base import ImageProcessingMixin
+from transformers.utils import logging
 
 from medxray.encoders import Encoder
-from medxray.encoders.adapt import features_from, grid_of, try_out
+from medxray.encoders.adapt import Coloured, features_from, grid_of, stride_of, try_out
 from medxray.registry import nearest
 from medxray.types import Features, SpecError, WeightsError
-from medxray.weights import IMAGENET_MEAN, IMAGENET_STD
+from medxray.weights import IMAGENET_MEAN, IMAGENET_STD, NOT_ENCODER, refuse
+from medxray.weights.families import to_hub
 
 SMALL: dict[str, Any] = {
     "model_type": "swin",
@@ -53,8 +56,6 @@ class TransformersEncoder(Encoder):
     ) -> None:
         super().__init__()
         self.model: Any
-        self.gain: Tensor
-        self.shift: Tensor
         if model is not None and config is not None:
             raise ValueError("model and config were both given; model brings its own config, so leave one out")
         if model is not None:
@@ -64,18 +65,12 @@ class TransformersEncoder(Encoder):
         else:
             self.model = _build({**(SMALL if config is None else config)}, channels)
             own = int(getattr(self.model.config, "num_channels", 3))
-            means, stds = (0.5,), (0.5,)
+            means, stds = (IMAGENET_MEAN, IMAGENET_STD) if own == 3 else ((0.5,), (0.5,))
         self.channels = own if channels is None else channels
         if self.channels not in (own, 1):
             raise ValueError(f"channels is {channels}, but {model or 'the config'} takes {own}; set it to {own} or 1")
-        self.mean, self.std = means, stds
-        self.folded = self.channels != own
-        if self.folded:
-            # Exactly what the model would get from a gray image saved as RGB.
-            self.mean, self.std = (sum(means) / len(means),), (sum(stds) / len(stds),)
-            m, s = (torch.tensor(numbers).expand(own).view(-1, 1, 1) for numbers in (means, stds))
-            self.register_buffer("gain", self.std[0] / s, persistent=False)
-            self.register_buffer("shift", (self.mean[0] - m) / s, persistent=False)
+        self.colour = Coloured(means, stds, own) if self.channels != own else None
+        self.mean, self.std = (means, stds) if self.colour is None else (self.colour.mean, self.colour.std)
         layer: Any
         for layer in self.model.modules():
             if hasattr(layer, "set_shift_and_window_size"):
@@ -86,19 +81,15 @@ class TransformersEncoder(Encoder):
             if "interpolate_pos_encoding" in inspect.signature(self.model.forward).parameters
             else {}
         )
-        self.leading = sum(
-            parameter.shape[-2] if parameter.ndim > 1 else 1
-            for name, parameter in self.model.named_parameters()
-            if name.rsplit(".", 1)[-1] in SINGLE_TOKENS
-        )
+        self.leading = 0
         size = getattr(self.model.config, "image_size", None) or 224
         height, width = (size, size) if isinstance(size, int) else size
         self.size = (int(height), int(width))
-        self.stride, self.width = self._measure()
+        self._measure()
 
     def forward(self, images: Tensor) -> Features:
-        if self.folded:
-            images = images * self.gain + self.shift
+        if self.colour is not None:
+            images = self.colour(images)
         try:
             found = self.model(pixel_values=images, **self.options).last_hidden_state
         except (AssertionError, RuntimeError, ValueError) as error:
@@ -116,14 +107,51 @@ class TransformersEncoder(Encoder):
             tokens, grid_of(tokens.shape[1], images.shape[2], images.shape[3], self.stride), tokens.mean(1)
         )
 
-    def _measure(self) -> tuple[int, int]:
-        """Pixels a token and the tokens' width, from one pass over a black image of the model's own size."""
+    def adopt(self, state: dict[str, Tensor], source: str) -> dict[str, Tensor]:
+        """The tensors of a public file under this encoder's names: renamed to those of the hub where they are a
+        project's own, then read as transformers reads the hub's files.
+
+        Raises:
+            WeightsError: tensors that are missing or left over, or shapes that disagree.
+        """
+        config = self.model.config
+        state = to_hub(state, config.model_type)
+        model, found = _read(type(self.model), None, config=config, state_dict=state, ignore_mismatched_sizes=True)
+        wrong = {name: shapes for name, *shapes in found["mismatched_keys"]}
+        if wrong and self.channels == 1 and getattr(config, "num_channels", None) == 1:
+            # The kernel may be one for colour images, to be folded afterwards.
+            config = copy.deepcopy(config)
+            config.num_channels = 3
+            model, found = _read(type(self.model), None, config=config, state_dict=state, ignore_mismatched_sizes=True)
+            wrong = {name: shapes for name, *shapes in found["mismatched_keys"]}
+        left = [key for key in sorted(found["unexpected_keys"]) if not key.startswith(NOT_ENCODER)]
+        disagree = [f"{key} is {tuple(a)} in the file and {tuple(b)} in the model" for key, (a, b) in wrong.items()]
+        refuse(source, type(self.model).__name__, sorted(found["missing_keys"]), left, disagree)
+        return {f"model.{key}": value for key, value in model.state_dict().items()}
+
+    def _measure(self) -> None:
+        """Finds the tokens' width, the pixels that each stands for, and how many stand before those of the map."""
         self.stride = 1
-        features = try_out(self, *self.size)
-        N, D = features.tokens.shape[1:]
-        if features.grid is not None:
-            return math.ceil(self.size[0] / features.grid[0]), D
-        return round(math.sqrt(self.size[0] * self.size[1] / N)), D
+        count, self.width, grid = try_out(self, *self.size)
+        if grid is not None:
+            self.stride = stride_of(grid, *self.size) or math.ceil(self.size[0] / grid[0])
+            return
+        single = sum(
+            parameter.shape[-2] if parameter.ndim > 1 else 1
+            for name, parameter in self.model.named_parameters()
+            if name.rsplit(".", 1)[-1] in SINGLE_TOKENS
+        )
+        # Such a parameter may also serve a head alone, and a pooled token may have none.
+        for leading in dict.fromkeys((single, 0, 1)):
+            stride = stride_of(count - leading, *self.size)
+            if stride is not None:
+                self.leading, self.stride = leading, stride
+                try_out(self, *self.size)
+                return
+        raise SpecError(
+            f"encoder: {self.model.config.model_type!r} of transformers gives {count} tokens for "
+            f"{self.size[0]} x {self.size[1]} pixels, which are not a map; take another model"
+        )
 
 
 def _load(name: str) -> nn.Module:
@@ -136,12 +164,10 @@ def _load(name: str) -> nn.Module:
         )
     source = str(path) if path.is_dir() else name
     try:
-        options = {"trust_remote_code": False, "dtype": torch.float32, "output_loading_info": True}
-        try:
-            model, found = AutoModel.from_pretrained(source, **options, add_pooling_layer=False)
-        except TypeError:
-            # Only some models have a pooling layer to leave out.
-            model, found = AutoModel.from_pretrained(source, **options)
+        kind = AutoConfig.from_pretrained(source, trust_remote_code=False).model_type
+        # MAE's own class hides a random share of each image; its encoder is the plain ViT.
+        reader = ViTModel if kind == "vit_mae" else AutoModel
+        model, found = _read(reader, source, trust_remote_code=False, dtype=torch.float32)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise WeightsError(
@@ -156,6 +182,25 @@ def _load(name: str) -> nn.Module:
     return _vision(model, f"model {name!r}")
 
 
+def _read(reader: Any, source: str | None, **options: Any) -> tuple[nn.Module, dict[str, Any]]:
+    """A model, and what transformers says of its tensors: missing, left over, of another shape."""
+    told, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        try:
+            found = reader.from_pretrained(source, output_loading_info=True, add_pooling_layer=False, **options)
+        except TypeError:
+            # Only some models have a pooling layer to leave out.
+            found = reader.from_pretrained(source, output_loading_info=True, **options)
+    finally:
+        logging.set_verbosity(told)
+        if bars:
+            logging.enable_progress_bar()
+    model: nn.Module = found[0].eval()
+    return model, found[1]
+
+
 def _build(config: dict[str, Any], channels: int | None) -> nn.Module:
     kind = config.pop("model_type", None)
     if kind not in CONFIG_MAPPING:
@@ -164,6 +209,8 @@ def _build(config: dict[str, Any], channels: int | None) -> nn.Module:
             f"config.model_type: expected a model type of transformers such as swin, vit or convnext, "
             f"found {kind!r}{nearest(str(kind), known)}"
         )
+    if kind == "vit_mae":
+        raise ValueError("config.model_type 'vit_mae' hides a random share of each image; its encoder is 'vit'")
     default = AutoConfig.for_model(kind)
     names = {*default.to_dict(), *getattr(default, "attribute_map", {})}
     for key in config:
@@ -188,6 +235,15 @@ def _vision(model: nn.Module, what: str) -> nn.Module:
             f"encoder.{what} is not a vision model: {type(model).__name__} takes "
             f"{getattr(model, 'main_input_name', 'something else')}, expected pixel_values; "
             "take one such as swin, vit, dinov2 or convnext"
+        )
+    needs = [
+        name
+        for name, parameter in inspect.signature(model.forward).parameters.items()
+        if name != "pixel_values" and parameter.default is parameter.empty and parameter.kind < parameter.VAR_POSITIONAL
+    ]
+    if needs:
+        raise SpecError(
+            f"encoder.{what}: {type(model).__name__} needs {', '.join(needs)} beside the image; take another model"
         )
     return model
 

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 import torch
 from pydantic import Field
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from medxray.encoders import MaskableEncoder
@@ -23,11 +24,11 @@ SIZES: dict[str, tuple[int, int, int]] = {
 
 
 class PatchEmbed(nn.Module):
-    """One convolution whose stride is the patch."""
+    """One convolution whose stride is the patch, or a smaller step, so that patches overlap."""
 
-    def __init__(self, channels: int, width: int, patch: int) -> None:
+    def __init__(self, channels: int, width: int, patch: int, step: int | None = None) -> None:
         super().__init__()
-        self.proj = nn.Conv2d(channels, width, patch, patch)
+        self.proj = nn.Conv2d(channels, width, patch, step or patch)
 
     def forward(self, images: Tensor) -> Tensor:
         """images (B, C, H, W) -> tokens (B, N, D), row by row."""
@@ -141,15 +142,13 @@ class ViT(MaskableEncoder):
         # The class token's position is zero, and so are the registers'.
         single = torch.cat([self.cls_token, self.reg_token], 1) if self.registers else self.cls_token
         x = torch.cat([single.expand(tokens.shape[0], -1, -1).to(tokens.dtype), tokens], dim=1)
-        turn = None
+        angles = None
         if self.turned:
             table = rotary_positions(self.turned, *grid, tokens.device)
-            places = table if keep is None else table[keep][:, None]
-            still = places.new_ones(*places.shape[:-2], single.shape[1], places.shape[-1])
-            turn = torch.cat([still, places], -2)
+            angles = F.pad(table if keep is None else table[keep][:, None], (0, 0, single.shape[1], 0))
         for block in self.blocks:
             recompute = self.gradient_checkpointing and self.training
-            x = checkpoint(block, x, turn, use_reentrant=False) if recompute else block(x, turn)
+            x = checkpoint(block, x, angles, use_reentrant=False) if recompute else block(x, angles)
         out: Tensor = self.norm(torch.cat([x[:, :1], x[:, single.shape[1] :]], 1) if self.registers else x)
         return out
 
@@ -159,15 +158,17 @@ class ViT(MaskableEncoder):
         return Features(tokens, grid, tokens.mean(1))
 
 
-def whole_patches(height: int, width: int, patch: int) -> tuple[int, int]:
-    """(h, w) of the patches of an image.
+def whole_patches(height: int, width: int, patch: int, step: int | None = None) -> tuple[int, int]:
+    """(h, w) of the patches of an image: one every `step` pixels, which divides the patch, or side by side.
 
     Raises:
         SpecError: it is not a whole number of them.
     """
-    if height % patch or width % patch:
+    step = step or patch
+    if height % step or width % step or min(height, width) < patch:
+        near = " x ".join(str(max(patch, round(side / step) * step)) for side in (height, width))
+        rule = f"encoder.patch {patch}" if step == patch else f"encoder.step {step} from encoder.patch {patch} on"
         raise SpecError(
-            f"data.image_size: {height} x {width} is not a multiple of encoder.patch {patch}; "
-            f"take {round(height / patch) * patch or patch} x {round(width / patch) * patch or patch}, or another patch"
+            f"data.image_size: {height} x {width} is not a multiple of {rule}; take {near}, or another patch"
         )
-    return height // patch, width // patch
+    return (height - patch) // step + 1, (width - patch) // step + 1

@@ -14,12 +14,19 @@ from medxray.encoders.scan import scan_map
 from medxray.layers import MLP, DropPath
 from medxray.types import Features, SpecError
 
-SIZES: dict[str, tuple[int, tuple[int, ...], float, float]] = {
-    "tiny": (96, (2, 2, 8, 2), 1.0, 0.2),
-    "small": (96, (2, 2, 15, 2), 2.0, 0.3),
-    "base": (128, (2, 2, 15, 2), 2.0, 0.6),
+SIZES: dict[str, dict[str, tuple[int, tuple[int, ...], float, float]]] = {
+    "v2": {
+        "tiny": (96, (2, 2, 8, 2), 1.0, 0.2),
+        "small": (96, (2, 2, 15, 2), 2.0, 0.3),
+        "base": (128, (2, 2, 15, 2), 2.0, 0.6),
+    },
+    "v0": {
+        "tiny": (96, (2, 2, 9, 2), 2.0, 0.1),
+        "small": (96, (2, 2, 27, 2), 2.0, 0.3),
+        "base": (128, (2, 2, 27, 2), 2.0, 0.6),
+    },
 }
-"""name -> width of the first stage, blocks of each stage, ssm_ratio, drop path: those of the public weights."""
+"""version -> size -> width of the first stage, blocks of each stage, ssm_ratio, drop path: those of the public weights."""
 
 STAGES = 4
 
@@ -165,11 +172,11 @@ class VMamba(Encoder):
         channels: Annotated[int, Field(gt=0)] = 1,
         drop_path: Annotated[float, Field(ge=0, lt=1)] | None = None,
         classes: Annotated[int, Field(gt=0)] | None = None,
-        scan: Literal["auto", "cpu", "mamba-ssm", "torch", "reference"] = "auto",
+        scan: Literal["auto", "cpu", "triton", "mamba-ssm", "torch", "reference"] = "auto",
         gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__()
-        own = SIZES[size] if size else (32, (1, 1, 2, 1), 1.0, 0.0)
+        own = SIZES[version][size] if size else (32, (1, 1, 2, 1), 1.0, 0.0)
         dims = own[0] if dims is None else dims
         depths = list(own[1]) if depths is None else depths
         ssm_ratio = own[2] if ssm_ratio is None else ssm_ratio

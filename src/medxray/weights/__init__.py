@@ -1,4 +1,8 @@
-"""Reading checkpoints, ours and others', without running what is in them."""
+"""Reading checkpoints, ours and others', without running what is in them.
+
+What is known of other projects' files stands in `families`. An encoder over another library has a method
+`adopt(state, source)`: the tensors of a public file under its own names, without those that it has no place for.
+"""
 
 import argparse
 import hashlib
@@ -6,7 +10,9 @@ import math
 import pickle
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -14,17 +20,25 @@ from torch import Tensor, nn
 
 from medxray.layers import sincos_positions
 from medxray.types import WeightsError
+from medxray.weights.families import one_list_of_blocks
 
 SHOWN = 5
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-WRAPPERS = ("model", "state_dict", "student", "teacher")
+# Where a file holds a model and its moving average, or a student and its teacher, each project evaluates the named one.
+WRAPPERS = ("model", "state_dict", "teacher", "student", "module", "model_ema")
 PREFIXES = ("module.", "backbone.", "_orig_mod.")
-# Parts of public checkpoints that an encoder does not have: MAE's decoder, classifier heads, other projects' extras.
+# Parts of public checkpoints that an encoder does not have: MAE's decoder, classifiers, heads of self-supervision,
+# other projects' extras.
 NOT_ENCODER = (
-    "decoder_", "mask_token", "head.", "fc.", "fc_norm.", "classifier.head.", "decoder_image.", "projector.",
-    "retriever.",
+    "decoder_", "decoder.", "mask_token", "head.", "head_dist.", "fc.", "fc_norm.", "classifier.", "pooler.",
+    "projector.", "retriever.", "dino_head.", "ibot_head.", "lm_head.",
 )  # fmt: skip
-RECOMPUTED = ("pos_embed", "decoder_pos_embed")
+# Plain values that training scripts leave beside the tensors. numpy's have two names, of its version 1 and of 2.
+_SCALAR = np.float64(0).__reduce__()[0]
+PLAIN: list[Any] = [
+    argparse.Namespace, (_SCALAR, "numpy.core.multiarray.scalar"), (_SCALAR, "numpy._core.multiarray.scalar"), np.dtype,
+    *{type(np.dtype(kind)) for kind in ("float64", "float32", "int64", "int32", "bool")},
+]  # fmt: skip
 
 
 def sha256(path: str | Path) -> str:
@@ -36,7 +50,8 @@ def sha256(path: str | Path) -> str:
 def load_state(path: str | Path) -> dict[str, Tensor]:
     """Tensors of a safetensors file or a torch pickle, taken out of `model`, `state_dict` and the like.
 
-    A pickle is read with an allow-list: tensors, plain containers and argparse.Namespace, nothing else.
+    A pickle is read with an allow-list: tensors, plain containers, numpy's numbers and argparse.Namespace, nothing
+    else.
 
     Raises:
         WeightsError: missing, damaged, not a checkpoint, or holding objects that would have to be run.
@@ -46,9 +61,10 @@ def load_state(path: str | Path) -> dict[str, Tensor]:
         raise WeightsError(f"weights {path} do not exist; give a checkpoint file or a medxray run folder")
     try:
         if path.suffix == ".safetensors":
-            return dict(load_file(path))
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            state = load_file(path)
+        else:
+            with torch.serialization.safe_globals(PLAIN):
+                state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise WeightsError(
             f"weights {path} hold more than tensors and plain values, and were not opened: "
@@ -100,6 +116,14 @@ def load_into(
         fitted[name] = tensor
     missing = [name for name in own if name not in state and name not in set(allow_missing)]
     extra = [name for name in state if name not in own]
+    refuse(source, type(module).__name__, missing, extra, wrong)
+    with torch.no_grad():
+        for name, tensor in fitted.items():
+            own[name].copy_(tensor)
+
+
+def refuse(source: str, model: str, missing: list[str], extra: list[str], wrong: list[str]) -> None:
+    """Raises WeightsError with every kind of misfit, if there is any."""
     problems = [
         f"{len(names)} {what} ({_some(names)})"
         for what, names in (
@@ -109,19 +133,16 @@ def load_into(
     ]
     if problems:
         raise WeightsError(
-            f"weights {source} do not fit {type(module).__name__}: {'; '.join(problems)}; "
+            f"weights {source} do not fit {model}: {'; '.join(problems)}; "
             "give the settings that they were made with, or other weights"
         )
-    with torch.no_grad():
-        for name, tensor in fitted.items():
-            own[name].copy_(tensor)
 
 
 def load_encoder(encoder: nn.Module, source: str) -> None:
-    """Loads an encoder from a medxray run folder or a checkpoint file.
+    """Loads an encoder from a medxray run folder or a checkpoint file: every tensor of the encoder, or an error.
 
-    From files of MAE, timm, VMamba and the HD release decoders, heads and fixed position tables are left out; RGB
-    kernels are folded for an encoder of one channel, exactly for gray images but for a border that the layer pads.
+    From other projects' files decoders, heads and fixed position tables are left out; RGB kernels are folded for an
+    encoder of one channel, exactly for gray images but for a border that the layer pads.
 
     Raises:
         WeightsError: with the reason and the cure.
@@ -137,18 +158,7 @@ def load_encoder(encoder: nn.Module, source: str) -> None:
         if not state:
             raise WeightsError(f"encoder.weights {source!r}: the run holds no encoder")
     elif path.is_file():
-        own, found = set(encoder.state_dict()), load_state(path)
-        if own.isdisjoint(found):
-            # Encoders of timm and transformers hold the model whose file this is.
-            found = {f"model.{key}" if f"model.{key}" in own else key: value for key, value in found.items()}
-        if "pos_embed" in found and "pos_embed" not in own:
-            _check_positions(found["pos_embed"], source)
-        state = {
-            key: value
-            for key, value in found.items()
-            if key in own or not key.startswith((*NOT_ENCODER, *RECOMPUTED))
-        }
-        state = fold_to_gray(encoder, state)
+        state = fold_to_gray(encoder, _own_names(encoder, load_state(path), source))
     else:
         raise WeightsError(
             f"encoder.weights {source!r}: no such file or folder; give a checkpoint, or the run folder of a fit"
@@ -156,12 +166,24 @@ def load_encoder(encoder: nn.Module, source: str) -> None:
     load_into(encoder, state, source)
 
 
+def _own_names(encoder: nn.Module, found: dict[str, Tensor], source: str) -> dict[str, Tensor]:
+    """The encoder's part of a file, under the encoder's own names."""
+    own = set(encoder.state_dict())
+    adopt = getattr(encoder, "adopt", None)
+    if adopt is not None and own.isdisjoint(found):
+        adopted: dict[str, Tensor] = adopt(one_list_of_blocks(found), source)
+        return adopted
+    if "pos_embed" in found and "pos_embed" not in own:
+        _check_positions(found["pos_embed"], source)
+    return {key: value for key, value in found.items() if key in own or not key.startswith((*NOT_ENCODER, "pos_embed"))}
+
+
 def fold_to_gray(encoder: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
     """The first convolution's RGB kernel as one channel: the same output for gray images.
 
     With RGB images normalised by (m_c, s_c) and gray ones by (m, s): w' = s sum_c w_c / s_c, and the bias gains
     sum_c (m - m_c) / s_c sum_ij w_c; where the layer has no bias, the shift is left out when it is zero and
-    refused otherwise.
+    refused otherwise. RGB means and deviations are the encoder's `colours`, or ImageNet's.
     """
     first = next((name for name, layer in encoder.named_modules() if isinstance(layer, nn.Conv2d)), None)
     weight, bias = f"{first}.weight", f"{first}.bias"
@@ -172,7 +194,8 @@ def fold_to_gray(encoder: nn.Module, state: dict[str, Tensor]) -> dict[str, Tens
     if not isinstance(layer, nn.Conv2d) or layer.in_channels != 1:
         return state
     mean, std = float(getattr(encoder, "mean", (0.5,))[0]), float(getattr(encoder, "std", (0.5,))[0])
-    means, stds = torch.tensor(IMAGENET_MEAN), torch.tensor(IMAGENET_STD)
+    colours = getattr(encoder, "colours", (IMAGENET_MEAN, IMAGENET_STD))
+    means, stds = (torch.tensor(numbers).expand(3) for numbers in colours)
     folded = dict(state)
     folded[weight] = std * (kernel / stds[:, None, None]).sum(1, keepdim=True)
     shift = ((mean - means) / stds * kernel.sum((2, 3))).sum(1)

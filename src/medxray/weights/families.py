@@ -1,0 +1,173 @@
+"""Other projects' checkpoints: where they are, which encoder reads each, and what their tensors are called."""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Family:
+    """Public checkpoints of one kind and an encoder that reads them.
+
+    Attributes:
+        name: what the project calls itself.
+        encoder: the name that it has in the registry.
+        files: what they are called, and where they are.
+        settings: the encoder's, FILE in place of a checkpoint's path.
+    """
+
+    name: str
+    encoder: str
+    files: str
+    settings: Mapping[str, Any]
+
+    @property
+    def example(self) -> str:
+        """The settings as they follow an encoder's name on a command line."""
+        pairs = []
+        for key, value in self.settings.items():
+            text = value if isinstance(value, str) else json.dumps(value).replace('"', "")
+            pairs.append(f"'{key}={text}'" if set(text) & set("[]{} ") else f"{key}={text}")
+        return " ".join(pairs)
+
+
+FAMILIES = (
+    Family(
+        "VMamba",
+        "vmamba",
+        "vssm*_{tiny,small,base}_*_ckpt_epoch_*.pth of github.com/MzeroMiko/VMamba; size as in the name",
+        {"size": "base", "weights": "FILE"},
+    ),
+    Family(
+        "Vim",
+        "vim",
+        "vim_{t,s}_midclstok_*.pth of huggingface.co/hustvl; tiny or small as in the name",
+        {"size": "tiny", "weights": "FILE"},
+    ),
+    Family(
+        "MAE and Medical MAE",
+        "vit",
+        "mae_pretrain_vit_*.pth of github.com/facebookresearch/mae, files of github.com/lambert-x/medical_mae",
+        {"size": "base", "weights": "FILE"},
+    ),
+    Family(
+        "MAE and Medical MAE",
+        "timm",
+        "mae_pretrain_vit_*.pth of github.com/facebookresearch/mae, files of github.com/lambert-x/medical_mae",
+        {"model": "vit_base_patch16_224.mae", "weights": "FILE"},
+    ),
+    Family(
+        "MAE",
+        "transformers",
+        "huggingface.co/facebook/vit-mae-*; the encoder sees the whole image",
+        {"model": "facebook/vit-mae-base"},
+    ),
+    Family(
+        "EVA-X",
+        "timm",
+        "eva_x_{tiny,small,base}_patch16_merged520k_mim.pt of huggingface.co/MapleF/eva_x; eva02 of that size",
+        {
+            "model": "eva02_base_patch14_224",
+            "arguments": {"patch_size": 16, "ref_feat_shape": [14, 14]},
+            "mean": [0.49185243],
+            "std": [0.28509309],
+            "weights": "FILE",
+        },
+    ),
+    Family(
+        "DINOv2",
+        "timm",
+        "dinov2_vit*_pretrain.pth of github.com/facebookresearch/dinov2, teacher_checkpoint.pth of its training",
+        {"model": "vit_base_patch14_dinov2", "weights": "FILE"},
+    ),
+    Family(
+        "DINOv2",
+        "transformers",
+        "huggingface.co/facebook/dinov2-*; the files that timm reads, with a config in place of the model",
+        {"model": "facebook/dinov2-base"},
+    ),
+    Family(
+        "RAD-DINO",
+        "transformers",
+        "huggingface.co/microsoft/rad-dino",
+        {"model": "microsoft/rad-dino"},
+    ),
+    Family(
+        "CheXFound",
+        "transformers",
+        "teacher_checkpoint.pth of github.com/RPIDIAL/CheXFound, made at 512 pixels a side",
+        {
+            "config": {
+                "model_type": "dinov2_with_registers",
+                "hidden_size": 1024,
+                "num_hidden_layers": 24,
+                "num_attention_heads": 16,
+                "patch_size": 16,
+                "image_size": 512,
+                "use_swiglu_ffn": True,
+            },
+            "weights": "FILE",
+        },
+    ),
+    Family(
+        "Swin",
+        "transformers",
+        "huggingface.co/microsoft/swin-base-patch4-window7-224, as R2GenGPT and R2GenCSR take it",
+        {"model": "microsoft/swin-base-patch4-window7-224"},
+    ),
+    Family(
+        "timm's own",
+        "timm",
+        "every model and tag of timm.list_pretrained()",
+        {"model": "resnet18.a1_in1k", "pretrained": True},
+    ),
+)
+
+
+def one_list_of_blocks(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Blocks that DINOv2's training keeps in chunks, `blocks.CHUNK.BLOCK.`, as `blocks.BLOCK.`.
+
+    Their numbers run through; stages of other models, in which they begin again, stay as they are.
+    """
+    numbers = {(found[1], found[2]) for key in state if (found := re.match(r"blocks\.(\d+)\.(\d+)\.", key))}
+    if len({block for _, block in numbers}) < len(numbers):
+        return dict(state)
+    return {re.sub(r"^blocks\.\d+\.(?=\d+\.)", "blocks.", key): value for key, value in state.items()}
+
+
+_DINOV2_ON_THE_HUB = (
+    (r"^(cls_token|mask_token|register_tokens)$", r"embeddings.\1"),
+    (r"^pos_embed$", "embeddings.position_embeddings"),
+    (r"^patch_embed\.proj\.", "embeddings.patch_embeddings.projection."),
+    (r"^blocks\.", "encoder.layer."),
+    (r"\.attn\.proj\.", ".attention.output.dense."),
+    (r"\.ls(\d)\.gamma$", r".layer_scale\1.lambda1"),
+    (r"\.mlp\.w12\.", ".mlp.weights_in."),
+    (r"\.mlp\.w3\.", ".mlp.weights_out."),
+    (r"^norm\.", "layernorm."),
+)
+
+
+def to_hub(state: Mapping[str, Tensor], model_type: str) -> dict[str, Tensor]:
+    """A project's own names as those of its files on the Hugging Face hub; others stay as they are.
+
+    Args:
+        state: name -> tensor.
+        model_type: of transformers. Known are dinov2 and dinov2_with_registers: DINOv2's own files and CheXFound's.
+    """
+    if not model_type.startswith("dinov2") or "patch_embed.proj.weight" not in state:
+        return dict(state)
+    renamed: dict[str, Tensor] = {}
+    for key, value in state.items():
+        for pattern, replacement in _DINOV2_ON_THE_HUB:
+            key = re.sub(pattern, replacement, key)
+        if ".attn.qkv." in key:
+            for part, tensor in zip(("query", "key", "value"), value.chunk(3), strict=True):
+                renamed[key.replace(".attn.qkv.", f".attention.attention.{part}.")] = tensor
+        else:
+            renamed[key] = value
+    return renamed
