@@ -1,6 +1,7 @@
 """The command line: what it prints, how it ends, and how fast it starts."""
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -57,10 +58,26 @@ def test_what_is_known_without_data(spec: Path) -> None:
     assert code == 0 and "r2gencsr-phantom" in out and "rectangle" in out
     code, out, _ = run("list", "encoders", "vit")
     assert code == 0 and "patch (int" in out and "pixels a side of a token" in out
+    code, out, _ = run("list", "encoders")
+    assert code == 0
+    for family in ("VMamba", "MAE and Medical MAE", "EVA-X", "DINOv2", "RAD-DINO", "CheXFound", "Swin", "timm's own"):
+        assert f"    reads {family} (" in out
+    assert "reads VMamba" in run("list", "encoder", "vmamba")[1] and "EVA-X" not in run("list", "encoder", "vmamba")[1]
     code, out, _ = run("schema")
     assert code == 0 and "$schema" in json.loads(out)
     code, out, _ = run("doctor")
     assert code == 0 and "selective scan, torch: runs here" in out and "torch 2" in out
+
+
+def test_an_encoder_alone() -> None:
+    code, out, _ = run("show", "vit", "width=32", "depth=1", "heads=2", "--image-size", "32x64")
+    assert code == 0 and "  width: 32" in out and "8 (2 x 4) of width 32" in out and "pixels a token:" in out
+    assert re.search(r"^parameters: +21,024$", out, flags=re.M)
+    assert run("show", "encoder", "vit", "width=32", "depth=1", "heads=2", "--image-size", "32x64")[1] == out
+    code, out, _ = run("show", "timm", "model=test_vit", "image_size=96", "trainable=false")
+    assert code == 0 and "36 (6 x 6) of width 64" in out and "its weights are frozen" in out
+    code, out, _ = run("show", "hd-mae-phantom", "--image-size", "64")
+    assert code == 0 and "16 (4 x 4) of width 128" in out and "image_size: 64" in out
 
 
 MISTAKES = {
@@ -75,6 +92,13 @@ MISTAKES = {
     "list": (["list", "encodr"], "did you mean 'encoder'"),
     "settings of a run": (["evaluate", "{folder}/run", "seed=3"], "is a run folder, which has its settings"),
     "half a run": (["predict", "{folder}", "x.png"], "is not a finished run: spec.yaml is missing"),
+    "show": (["show", "vmaba"], "no spec or encoder 'vmaba'; did you mean 'vmamba'"),
+    "show a setting": (["show", "vmamba", "szie=base"], "encoder.szie: unknown setting of 'vmamba'; did you mean"),
+    "show a value": (["show", "vit", "width=30"], "width must be divisible by heads and by 4"),
+    "show a size": (["show", "vit", "--image-size", "100"], "take 96 x 96"),
+    "show sides": (["show", "vit", "--image-size", "22x"], "expected pixels such as 224, or 224x320"),
+    "show weights": (["show", "vit", "weights={folder}/none.pth"], "no such file or folder"),
+    "show a module": (["show", "module"], "hand it over again"),
     "split": (["evaluate", "{folder}/run", "--split", "tset"], "did you mean 'test'"),
 }
 

@@ -82,16 +82,49 @@ def predict(
 
 
 @app.command()
-def show(spec: SpecArgument, settings: Settings = None) -> None:
-    """Print the resolved spec with its parameters, tokens and memory; no data are needed."""
-    with _mistakes():
-        import medxray
-        from medxray.spec import Spec
-        from medxray.summary import summarise
+def show(
+    name: Annotated[str, typer.Argument(help="a spec, as in fit, or a registered encoder", metavar="NAME")],
+    settings: Settings = None,
+    image_size: Annotated[
+        Optional[str], typer.Option(help="pixels a side, or HEIGHTxWIDTH", metavar="PIXELS")
+    ] = None,
+) -> None:
+    """Print a resolved spec, or an encoder alone, with its parameters, tokens, FLOP and memory; no data are needed.
 
-        _print(Spec.read(spec, settings).to_yaml())
-        for name, value in summarise(medxray.build(spec, settings)).items():
-            _print(f"{name + ':':<34} {value}")
+    \b
+    Examples:
+      medxray show r2gencsr-phantom encoder.name=vmamba
+      medxray show vmamba size=base
+      medxray show vit size=large --image-size 1280
+    """
+    with _mistakes():
+        import yaml
+
+        import medxray
+        from medxray.registry import nearest, registry_of
+        from medxray.spec import Spec, packaged
+        from medxray.summary import spec_of_encoder, summarise, summarise_encoder
+        from medxray.types import SpecError
+
+        size, settings = _sides(image_size), list(settings or [])
+        encoders, specs = registry_of("encoder").names(), packaged()
+        if name == "encoder" and settings:
+            name, *settings = settings
+        if name in specs or Path(name).suffix in (".yaml", ".yml") or (name not in encoders and Path(name).exists()):
+            settings += [f"data.image_size={size}"] if size else []
+            _print(Spec.read(name, settings).to_yaml())
+            found = summarise(medxray.build(name, settings))
+        elif name in encoders:
+            spec = spec_of_encoder(name, settings, size)
+            found = summarise_encoder(spec)
+            _print(yaml.safe_dump({"encoder": spec.to_dict()["encoder"]}, sort_keys=False))
+        else:
+            raise SpecError(
+                f"no spec or encoder {name!r}{nearest(name, [*specs, *encoders])} "
+                f"(specs: {', '.join(specs)}, or a YAML file; encoders: {', '.join(encoders)})"
+            )
+        for line, value in found.items():
+            _print(f"{line + ':':<34} {value}")
 
 
 @app.command("list")
@@ -99,7 +132,7 @@ def list_parts(
     kind: Annotated[Optional[str], typer.Argument(help="a section of a spec, such as encoder, or specs")] = None,
     name: Annotated[Optional[str], typer.Argument(help="one part")] = None,
 ) -> None:
-    """List registered parts with their settings, and the packaged specs.
+    """List registered parts with their settings, public weights that encoders read, and the packaged specs.
 
     Example: medxray list encoder vit
     """
@@ -107,6 +140,7 @@ def list_parts(
         from medxray.registry import SECTIONS, nearest, registry_of
         from medxray.spec import describe_settings, packaged
         from medxray.types import SpecError
+        from medxray.weights.families import FAMILIES
 
         if kind is not None:
             kind = {"encoders": "encoder", "readers": "reader", "maskers": "masker", "metric": "metrics"}.get(
@@ -127,6 +161,9 @@ def list_parts(
                 if kind is not None and section != "task":
                     for key, kind_of, default, text in describe_settings(model):
                         _print(f"    {key} ({kind_of}, {default}){': ' + text if text else ''}")
+                if section == "encoder" and kind is not None:
+                    for family in [f for f in FAMILIES if f.encoder == part]:
+                        _print(f"    reads {family.name} ({family.files}): {family.example}")
 
 
 @app.command()
@@ -181,6 +218,20 @@ def _open(run: str, settings: list[str] | None) -> Any:
     if len(Path(run).parts) > 1 and not Path(run).exists():
         raise RunError(f"no run folder {run}; fit first, or name one (it is taken from {Path.cwd()})")
     return medxray.build(run, settings)
+
+
+def _sides(text: str | None) -> int | list[int] | None:
+    """"224" and "224x320" as data.image_size has them."""
+    import re
+
+    from medxray.types import SpecError
+
+    found = re.fullmatch(r"([1-9]\d*)(?:x([1-9]\d*))?", text or "")
+    if text is not None and found is None:
+        raise SpecError(f"--image-size: expected pixels such as 224, or 224x320 (height x width), found {text!r}")
+    if found is None:
+        return None
+    return [int(found[1]), int(found[2])] if found[2] else int(found[1])
 
 
 def _is_main() -> bool:

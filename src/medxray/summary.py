@@ -1,65 +1,255 @@
 """What a pipeline weighs, and what this machine can run."""
 
+import contextlib
 import importlib.util
 import platform
+import warnings
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib import metadata
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
+from medxray.encoders import ENCODERS, Encoder, freeze
+from medxray.encoders.shapes import shapes_only
 from medxray.pipeline import Pipeline
-from medxray.types import MedxrayError
+from medxray.spec import Spec
+from medxray.tasks import build_encoder
+from medxray.types import Features, MedxrayError
 
 
 def summarise(pipeline: Pipeline) -> dict[str, str]:
-    """Parameters, tokens and memory of a pipeline, measured on one black study; no data are needed."""
-    task, spec = pipeline.task, pipeline.spec
-    count = sum(p.numel() for p in task.parameters())
+    """Parameters, tokens, arithmetic and memory of a pipeline; no data are needed."""
+    task = pipeline.task
     trained = sum(p.numel() for p in task.parameters() if p.requires_grad)
-    found = {"parameters": f"{count:,}", "trained parameters": f"{trained:,}"}
+    found = {"parameters": f"{sum(p.numel() for p in task.parameters()):,}", "trained parameters": f"{trained:,}"}
     for name, part in task.named_children():
         own = sum(p.numel() for p in part.parameters())
         if own and name != "model":
             found[f"  {name}"] = f"{own:,}"
-    size = spec.data.image_size
-    height, width = (size, size) if isinstance(size, int) else size
-    device = next(task.encoder.parameters()).device
-    images = torch.zeros(1, task.encoder.channels, height, width, device=device)
-    kept = _Kept()
-    # Norms that learn from a batch must not learn from a black image; recomputation happens only while training.
-    task.encoder.train(bool(getattr(task.encoder, "gradient_checkpointing", False)))
-    with kept, torch.set_grad_enabled(not task.frozen_encoder):
-        features = task.encoder(images)
-    task.encoder.eval()
-    grid = f" ({features.grid[0]} x {features.grid[1]})" if features.grid else ""
-    found["tokens an image"] = f"{features.tokens.shape[1]:,}{grid} of width {features.tokens.shape[2]}"
-    found["encoder activations an image"] = _bytes(kept.bytes)
-    weights = sum(p.numel() * p.element_size() for p in task.parameters())
-    # AdamW keeps a gradient and two moments in float32 for each trained parameter.
-    found["weights, gradients and AdamW"] = _bytes(weights + 12 * trained)
+    height, width = _sides(pipeline.spec)
+    cost = _from_shapes(task.encoder, height, width) or _measured(task.encoder, height, width)
+    found["tokens an image"] = cost.tokens
+    found["encoder FLOP an image"] = cost.arithmetic
+    found["encoder activations an image"] = cost.activations
+    found["weights, gradients and AdamW"] = _optimised(task)
+    found["encoder counted"] = cost.origin
     return found
 
 
-class _Kept:
-    """Counts the bytes that autograd keeps for the backward pass, parameters left out."""
+def spec_of_encoder(name: str, settings: Sequence[str] = (), image_size: int | list[int] | None = None) -> Spec:
+    """A spec around one encoder, whose settings are so checked and completed as any other's.
 
-    def __init__(self) -> None:
-        self.bytes = 0
-        self._seen: set[int] = set()
-        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda kept: kept)
+    Args:
+        name: of a registered encoder.
+        settings: `key=value`, such as "size=base".
+        image_size: pixels a side, or [height, width]; what the encoder is built for, or 224.
 
-    def _pack(self, tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if not isinstance(tensor, nn.Parameter) and storage.data_ptr() not in self._seen:
-            self._seen.add(storage.data_ptr())
-            self.bytes += storage.nbytes()
-        return tensor
+    Raises:
+        SpecError: no such encoder, or settings that it does not have.
+    """
+    around: dict[str, Any] = {
+        "task": "classify",
+        "data": {"reader": {"name": "phantom", "root": "data"}},
+        "training": {"steps": 1},
+        "encoder": {"name": name},
+    }
+    overrides = [f"encoder.{setting}" for setting in settings]
+    spec = Spec.read(around, overrides)
+    around["data"]["image_size"] = image_size or getattr(spec.encoder, "image_size", None) or 224
+    return Spec.read(around, overrides)
 
-    def __enter__(self) -> None:
-        self._hooks.__enter__()
 
-    def __exit__(self, *error: object) -> None:
-        self._hooks.__exit__(*error)
+def summarise_encoder(spec: Spec) -> dict[str, str]:
+    """Parameters, tokens, arithmetic and memory of a spec's encoder, whatever its size.
+
+    Raises:
+        SpecError: it cannot be built, or does not take images of that size.
+        WeightsError: weights that the spec names and that do not fit.
+    """
+    height, width = _sides(spec)
+    encoder, cost = _unfilled(spec), None
+    if encoder is not None:
+        cost = _from_shapes(encoder, height, width)
+    if encoder is None or cost is None:
+        encoder = build_encoder(spec)
+        cost = _from_shapes(encoder, height, width) or _measured(encoder, height, width)
+    trained = sum(p.numel() for p in encoder.parameters() if p.requires_grad)
+    found = {"parameters": f"{sum(p.numel() for p in encoder.parameters()):,}", "trained parameters": f"{trained:,}"}
+    for name, count in _parts(encoder):
+        found[f"  {name}"] = f"{count:,}"
+    found["pixels a token"] = f"{encoder.stride} x {encoder.stride}"
+    found["tokens an image"] = cost.tokens
+    found["FLOP an image"] = cost.arithmetic
+    found["activations an image"] = cost.activations
+    found["weights, gradients and AdamW"] = _optimised(encoder)
+    found["counted"] = cost.origin
+    return found
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one image costs an encoder, in words."""
+
+    tokens: str
+    arithmetic: str
+    activations: str
+    origin: str
+
+
+def _from_shapes(encoder: Encoder, height: int, width: int) -> Cost | None:
+    """Without a number computed; None where the encoder, or an operation in it, cannot go without."""
+    try:
+        with shapes_only(encoder) as copy:
+            features, watch = _watched(copy.eval(), 1, height, width)
+            # What an image adds, so that tables which all images share are left out.
+            two, four = (_watched(copy.train(), count, height, width)[1].kept for count in (2, 4))
+    except Exception:
+        return None
+    origin = f"from the shapes of {height} x {width}"
+    return _in_words(encoder, features, watch, (four - two) / 2, "while training", origin)
+
+
+def _measured(encoder: Encoder, height: int, width: int) -> Cost:
+    """By one pass; in evaluation, but where activations are recomputed, which is done while training only."""
+    training, buffers = encoder.training, {name: buffer.clone() for name, buffer in encoder.named_buffers()}
+    recomputes = bool(getattr(encoder, "gradient_checkpointing", False))
+    try:
+        encoder.train(recomputes)
+        features, watch = _watched(encoder, 1, height, width)
+    finally:
+        encoder.train(training)
+        # Norms that learn from a batch must not have learnt from a black image.
+        for name, buffer in encoder.named_buffers():
+            buffer.copy_(buffers[name])
+    state = "while training" if recomputes else "in evaluation"
+    return _in_words(encoder, features, watch, watch.kept, state, f"by running a black image of {height} x {width}")
+
+
+def _in_words(
+    encoder: Encoder, features: Features, watch: "_Watch", activations: float, state: str, origin: str
+) -> Cost:
+    grid = f" ({features.grid[0]} x {features.grid[1]})" if features.grid else ""
+    frozen = not any(p.requires_grad for p in encoder.parameters())
+    return Cost(
+        f"{features.tokens.shape[1]:,}{grid} of width {features.tokens.shape[2]}",
+        watch.arithmetic(),
+        "none are kept; its weights are frozen" if frozen else f"{_bytes(activations)} in float32, {state}",
+        f"{origin} pixels; a multiply-add is 2 FLOP, element-wise arithmetic is left out",
+    )
+
+
+def _watched(encoder: Encoder, count: int, height: int, width: int) -> tuple[Features, "_Watch"]:
+    """One forward pass over black images, and what was seen of it while its results were still there."""
+    device = next((p.device for p in encoder.parameters()), torch.device("cpu"))
+    watch = _Watch(encoder)
+    with torch.enable_grad(), watch:
+        images = torch.zeros(count, encoder.channels, height, width, device=device)
+        features: Features = encoder(images)
+        watch.kept = watch.alive()
+    return features, watch
+
+
+class _Watch(TorchDispatchMode):
+    """Sees every operation: what its arithmetic costs, and what stays in memory for the backward pass.
+
+    An operation of medxray or of another package is counted by the formula that `register_flop_formula` of torch
+    was given beside it; one without is named, so that it is not lost.
+
+    Attributes:
+        kept: bytes of the results that are alive at the end of the forward pass, parameters left out.
+    """
+
+    def __init__(self, encoder: nn.Module) -> None:
+        super().__init__()
+        self.kept = 0
+        self._own = {StorageWeakRef(t.untyped_storage()) for t in (*encoder.parameters(), *encoder.buffers())}
+        self._results: dict[StorageWeakRef, int] = {}
+        self._flop: Counter[str] = Counter()
+        self._uncounted: Counter[str] = Counter()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        results = func(*args, **(kwargs or {}))
+        packet, name = func._overloadpacket, func.__name__.partition(".")[0]
+        if packet in FORMULAS or packet in flop_registry:
+            formula = FORMULAS.get(packet) or flop_registry[packet]
+            self._flop[_kind(func.namespace, name)] += formula(*args, **(kwargs or {}), out_val=results)
+        elif func.namespace not in ("aten", "prim", "prims") or "attention" in name:
+            self._uncounted[f"{func.namespace}::{name}"] += 1
+        for result in tree_leaves(results):
+            if isinstance(result, Tensor):
+                storage = result.untyped_storage()
+                self._results[StorageWeakRef(storage)] = storage.nbytes()
+        return results
+
+    def alive(self) -> int:
+        """Bytes of all results that something still holds."""
+        return sum(n for ref, n in self._results.items() if ref not in self._own and not ref.expired())
+
+    def arithmetic(self) -> str:
+        """Floating-point operations in all and of each kind, and the names of what is not among them."""
+        said = f"{_short(self._flop.total())} forward"
+        if len(self._flop) > 1:
+            said += " (" + ", ".join(f"{kind} {_short(flop)}" for kind, flop in self._flop.most_common()) + ")"
+        if self._uncounted:
+            said += "; not counted, for want of a formula: "
+            said += ", ".join(f"{name} ({n} times)" for name, n in self._uncounted.items())
+        return said
+
+
+def _attention(query: Tensor, key: Tensor, value: Tensor, *others: Any, out_val: Any = None, **options: Any) -> int:
+    flop: int = sdpa_flop_count(query.shape, key.shape, value.shape)
+    return flop
+
+
+FORMULAS: dict[Any, Any] = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention}
+"""Formulas that torch's own registry lacks."""
+
+
+def _kind(namespace: str, name: str) -> str:
+    if namespace != "aten":
+        return f"{namespace}::{name}"
+    return "attention" if "attention" in name else "convolutions" if "conv" in name else "matrix products"
+
+
+def _unfilled(spec: Spec) -> Encoder | None:
+    """The encoder without memory for its weights, where it can be built so and none are to be read."""
+    settings: Any = spec.encoder
+    if settings.weights is not None:
+        return None
+    with contextlib.suppress(Exception), warnings.catch_warnings(), torch.device("meta"):
+        warnings.simplefilter("ignore")
+        encoder = ENCODERS.build(settings)
+        return encoder if settings.trainable else freeze(encoder)  # type: ignore[return-value]
+    return None
+
+
+def _parts(module: nn.Module) -> list[tuple[str, int]]:
+    """Name and parameters of each part, looked for where a wrapped model begins to have parts."""
+    parts = [(name, sum(p.numel() for p in part.parameters())) for name, part in module.named_children()]
+    parts = [(name, count) for name, count in parts if count]
+    inner = parts[0][0] if len(parts) == 1 and not list(module.parameters(recurse=False)) else None
+    return parts if inner is None else _parts(module.get_submodule(inner)) or parts
+
+
+def _sides(spec: Spec) -> tuple[int, int]:
+    size = spec.data.image_size
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+
+def _optimised(module: nn.Module) -> str:
+    weights = sum(p.numel() * p.element_size() for p in module.parameters())
+    # AdamW keeps a gradient and two moments in float32 for each trained parameter.
+    return _bytes(weights + 12 * sum(p.numel() for p in module.parameters() if p.requires_grad))
 
 
 def diagnose() -> list[str]:
@@ -100,6 +290,11 @@ def diagnose() -> list[str]:
     except MedxrayError as error:
         lines.append(f"SmolLM2-135M: missing; {error}")
     return lines
+
+
+def _short(flop: float) -> str:
+    size, unit = next(((size, unit) for size, unit in ((1e9, "G"), (1e6, "M")) if flop >= size), (1e3, "k"))
+    return f"{flop / size:,.1f} {unit}"
 
 
 def _bytes(count: float) -> str:
