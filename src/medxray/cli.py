@@ -20,7 +20,18 @@ SpecArgument = Annotated[str, typer.Argument(help="a packaged spec's name or a Y
 Settings = Annotated[
     Optional[list[str]], typer.Argument(help="settings in place of the spec's, as key=value", metavar="[KEY=VALUE]...")
 ]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="no progress bars")]
+
+
+def _silence(quiet: bool) -> bool:
+    """Bars of transformers go by this, which it reads when it is imported."""
+    import os
+
+    if quiet:
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    return quiet
+
+
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="no progress bars", callback=_silence)]
 
 
 @app.command()

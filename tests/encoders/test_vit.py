@@ -78,6 +78,19 @@ def test_a_subset_is_the_whole_with_the_others_out_of_sight(settings: dict[str, 
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
+def test_hd_stem() -> None:
+    """A token sees its own pixels and no others, so that masked ones need not be blanked."""
+    encoder = small(patch=32, stem="hd")
+    images = torch.randn(1, 1, 64, 96)
+    changed = images.clone()
+    changed[:, :, 32:, 32:64] += 1
+    moved = (encoder.embed(changed) - encoder.embed(images)).abs().amax(2)[0] > 1e-4
+    assert moved.tolist() == [False, False, False, False, True, False]
+    assert not encoder.overlapping
+    with pytest.raises(ValueError, match=r"stem: hd needs a patch that is a multiple of 16, .* found 24"):
+        small(patch=24, stem="hd")
+
+
 class TestRope:
     def test_attention_depends_on_differences_of_place(self) -> None:
         torch.manual_seed(0)

@@ -84,15 +84,49 @@ def test_same_function_as_mae(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", cases("hdmae"))
-def test_same_mask_as_the_hd_release(name: str) -> None:
+def test_same_function_as_the_hd_release(name: str) -> None:
     config, tensors = read(name)
+    encoder = ViT(
+        width=config["embed_dim"],
+        depth=config["depth"],
+        heads=config["num_heads"],
+        patch=config["patch_size"],
+        stem="hd",
+        channels=config["in_chans"],
+    )
+    decoder = SelfAttentionDecoder(
+        encoder.width,
+        encoder.stride**2 * encoder.channels,
+        dim=config["decoder_embed_dim"],
+        depth=config["decoder_depth"],
+        heads=config["decoder_num_heads"],
+    )
     masker = RectangleMasker(config["mask_ratio_inner"], config["mask_ratio_outer"])
+    model = MaskedAutoEncoder(encoder, masker, decoder, encoder.channels, config["norm_pix_loss"])
+    weights = {key.removeprefix("weights."): t for key, t in tensors.items() if key.startswith("weights.")}
+    grid = (config["grid"][0], config["grid"][1])
+    for key in ("pos_embed", "decoder_pos_embed"):
+        table = weights.pop(key)
+        rows = table.shape[1]
+        expected = sincos_positions(table.shape[2], *grid, torch.device("cpu"))[:, : rows - 1]
+        torch.testing.assert_close(torch.cat([torch.zeros_like(expected[:, :1]), expected], 1), table, rtol=0, atol=1e-6)
+    for part in (encoder, decoder):
+        load_into(part, {key: weights.pop(key) for key in part.state_dict()}, name)
+    # A layer that the release has and never uses.
+    assert all(key.startswith("decoder_image.") for key in weights)
+
     restore = tensors["ids_restore"]
     # The release keeps no noise. Noise that rises along its own shuffled order has to give that order back: only
     # the right rectangle, counts and order of the four groups do.
-    noise = restore.float() / restore.shape[1]
-    masking = masker.choose(noise, (config["grid"][0], config["grid"][1]))
+    masking = masker.choose(restore.float() / restore.shape[1], grid)
     assert masking.keep.shape[1] == config["kept_tokens"]
     assert torch.equal(masking.restore, restore)
     assert torch.equal(masking.mask, tensors["mask"])
-    assert torch.equal(masking.keep, restore.argsort(dim=1)[:, : config["kept_tokens"]])
+    small = tensors["input_160"]
+    scale = config["img_size"] // small.shape[-1]
+    with torch.no_grad():
+        output = model.reconstruct(small.repeat_interleave(scale, 2).repeat_interleave(scale, 3), masking)
+    torch.testing.assert_close(output.latent, tensors["latent"], rtol=0, atol=1e-5)
+    first = tensors["pred_first_patches"]
+    torch.testing.assert_close(output.prediction[:, : first.shape[1]], first, rtol=0, atol=1e-5)
+    assert output.loss.mean().item() == pytest.approx(config["loss_value"], rel=1e-4)

@@ -1,5 +1,6 @@
 """What public checkpoints of ViT hold beside the encoder: positions, decoders, heads of self-supervised training."""
 
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -53,12 +54,14 @@ def test_learned_positions_are_not_lost_in_silence(tmp_path: Path, positions: Te
         load_encoder(vit(), str(tmp_path / "timm.pth"))
 
 
-def test_student_with_its_head(tmp_path: Path) -> None:
-    """The HD release's: `module.backbone.` before the encoder's keys, a head beside it."""
-    state = vit().state_dict()
-    student = {f"module.backbone.{key}": value for key, value in state.items()}
-    student |= {"module.backbone.decoder_image.bias": torch.zeros(1), "module.head.mlp.0.weight": torch.zeros(2, 2)}
-    torch.save({"student": student, "epoch": 3}, tmp_path / "hd.pth")
-    encoder = vit()
+@pytest.mark.parametrize(("wrapper", "prefix"), [("model", "backbone."), ("student", "module.backbone.")])
+def test_the_hd_release(tmp_path: Path, wrapper: str, prefix: str) -> None:
+    """Its two layouts: pre-trained alone, and a student whose head stands beside it."""
+    own = {"width": WIDTH, "depth": 1, "heads": 2, "patch": 32, "stem": "hd"}
+    source, encoder = ViT(**own), ViT(**own)
+    rest = {"pos_embed": table(20), "mask_token": torch.zeros(1, 1, 8), "decoder_image.bias": torch.zeros(1)}
+    held = {f"{prefix}{key}": value for key, value in (source.state_dict() | rest).items()}
+    head = prefix.removesuffix("backbone.") + "head.mlp.0.weight"
+    torch.save({wrapper: held | {head: torch.zeros(2, 2)}, "args": Namespace(lr=2.5e-4), "epoch": 3}, tmp_path / "hd.pth")
     load_encoder(encoder, str(tmp_path / "hd.pth"))
-    assert all(torch.equal(encoder.state_dict()[key], value) for key, value in state.items())
+    assert all(torch.equal(encoder.state_dict()[key], value) for key, value in source.state_dict().items())

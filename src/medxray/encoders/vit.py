@@ -60,6 +60,24 @@ class ConvolutionStem(nn.Module):
         return tokens
 
 
+class HDStem(nn.Module):
+    """The HD X-ray MAE's (arXiv:2404.17926, its release): a convolution over every 16 pixels, one over the cells of a
+    patch, one of a single cell, ReLU between them. A token sees its own pixels only. Keys are the release's."""
+
+    def __init__(self, channels: int, width: int, patch: int) -> None:
+        super().__init__()
+        if patch % 16:
+            raise ValueError(f"stem: hd needs a patch that is a multiple of 16, such as its own 64, found {patch}")
+        self.conv1 = nn.Conv2d(channels, width, 16, 16)
+        self.conv2 = nn.Conv2d(width, width, patch // 16, patch // 16)
+        self.proj = nn.Conv2d(width, width, 1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """images (B, C, H, W) -> tokens (B, N, D), row by row."""
+        tokens: Tensor = self.proj(F.relu(self.conv2(F.relu(self.conv1(images))))).flatten(2).transpose(1, 2)
+        return tokens
+
+
 class ViT(MaskableEncoder):
     """Vision Transformer with a class token; keys as MAE's and timm's, so that their weights load.
 
@@ -71,8 +89,8 @@ class ViT(MaskableEncoder):
         depth: number of blocks; 6 where no size is given.
         heads: attention heads; 3 where no size is given.
         patch: pixels a side of a token.
-        stem: how pixels become tokens: linear as in ViT, or convolutions, which learn from far fewer images;
-            blocks then start as the identity.
+        stem: how pixels become tokens: linear as in ViT; hd, the HD X-ray MAE's, made for patches of 64; or
+            convolutions, which learn from far fewer images, and blocks then start as the identity.
         positions: sincos, added to the tokens, or rope, which turns queries and keys of every block by row and column.
         registers: tokens beside the class token that belong to no patch (arXiv:2309.16588); they are not handed on.
         layer_scale: what a learned factor for each channel of every branch starts from, such as 1.0e-5; None has none.
@@ -89,7 +107,7 @@ class ViT(MaskableEncoder):
         depth: Annotated[int, Field(gt=0)] | None = None,
         heads: Annotated[int, Field(gt=0)] | None = None,
         patch: Annotated[int, Field(gt=0)] = 16,
-        stem: Literal["linear", "convolutions"] = "linear",
+        stem: Literal["linear", "hd", "convolutions"] = "linear",
         positions: Literal["sincos", "rope"] = "sincos",
         registers: Annotated[int, Field(ge=0)] = 0,
         layer_scale: Annotated[float, Field(gt=0)] | None = None,
@@ -110,7 +128,7 @@ class ViT(MaskableEncoder):
         self.gradient_checkpointing = gradient_checkpointing
         self.overlapping = stem == "convolutions"
         if not self.overlapping:
-            self.patch_embed: nn.Module = PatchEmbed(channels, width, patch)
+            self.patch_embed: nn.Module = (HDStem if stem == "hd" else PatchEmbed)(channels, width, patch)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
         if registers:
             self.reg_token = nn.Parameter(torch.zeros(1, registers, width))

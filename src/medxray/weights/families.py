@@ -55,6 +55,12 @@ FAMILIES = (
         {"size": "base", "weights": "FILE"},
     ),
     Family(
+        "HD X-ray MAE",
+        "vit",
+        "the release of arXiv:2404.17926; huge or base as the file",
+        {"size": "large", "patch": 64, "stem": "hd", "weights": "FILE"},
+    ),
+    Family(
         "MAE and Medical MAE",
         "timm",
         "mae_pretrain_vit_*.pth of github.com/facebookresearch/mae, files of github.com/lambert-x/medical_mae",
