@@ -47,8 +47,7 @@ def test_same_function_as_mae(name: str) -> None:
         mlp_ratio=config["mlp_ratio"],
     )
     decoder = SelfAttentionDecoder(
-        encoder.width,
-        encoder.stride**2 * encoder.channels,
+        encoder,
         dim=config["decoder_embed_dim"],
         depth=config["decoder_depth"],
         heads=config["decoder_num_heads"],
@@ -95,8 +94,7 @@ def test_same_function_as_the_hd_release(name: str) -> None:
         channels=config["in_chans"],
     )
     decoder = SelfAttentionDecoder(
-        encoder.width,
-        encoder.stride**2 * encoder.channels,
+        encoder,
         dim=config["decoder_embed_dim"],
         depth=config["decoder_depth"],
         heads=config["decoder_num_heads"],

@@ -38,9 +38,11 @@ class MaskableEncoder(Encoder):
     Attributes:
         overlapping: True where `embed` lets a token see its neighbours' pixels: masked patches are then blanked
             in the image before it is embedded.
+        depth: how many layers `encode_layers` gives.
     """
 
     overlapping: bool = False
+    depth: int = 1
 
     @abstractmethod
     def embed(self, images: Tensor) -> Tensor:
@@ -55,6 +57,10 @@ class MaskableEncoder(Encoder):
             grid: (h, w) that they come from.
             keep: (B, n), which of the h * w they are; None where they are all.
         """
+
+    def encode_layers(self, tokens: Tensor, grid: tuple[int, int], keep: Tensor | None = None) -> list[Tensor]:
+        """As `encode`, after each of `depth` blocks; the last is what `encode` gives."""
+        return [self.encode(tokens, grid, keep)]
 
     @abstractmethod
     def grid(self, height: int, width: int) -> tuple[int, int]:

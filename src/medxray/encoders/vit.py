@@ -1,6 +1,7 @@
 """The Vision Transformer of MAE and timm, with fixed positions, sin-cos or rotary, for any grid."""
 
 import itertools
+from collections.abc import Iterator
 from typing import Annotated, Literal
 
 import torch
@@ -125,7 +126,7 @@ class ViT(MaskableEncoder):
             raise ValueError(f"positions: rope needs width / heads divisible by 4, found {width} / {heads}")
         self.width, self.stride, self.channels = width, patch, channels
         self.turned, self.registers = width // heads if positions == "rope" else 0, registers
-        self.gradient_checkpointing = gradient_checkpointing
+        self.gradient_checkpointing, self.depth = gradient_checkpointing, depth
         self.overlapping = stem == "convolutions"
         if not self.overlapping:
             self.patch_embed: nn.Module = (HDStem if stem == "hd" else PatchEmbed)(channels, width, patch)
@@ -157,6 +158,17 @@ class ViT(MaskableEncoder):
         return tokens + sincos_positions(self.width, h, w, tokens.device).to(tokens.dtype)
 
     def encode(self, tokens: Tensor, grid: tuple[int, int], keep: Tensor | None = None) -> Tensor:
+        for x in self._layers(tokens, grid, keep):
+            last = x
+        out: Tensor = self.norm(last)
+        return out
+
+    def encode_layers(self, tokens: Tensor, grid: tuple[int, int], keep: Tensor | None = None) -> list[Tensor]:
+        *layers, last = self._layers(tokens, grid, keep)
+        return [*layers, self.norm(last)]
+
+    def _layers(self, tokens: Tensor, grid: tuple[int, int], keep: Tensor | None) -> Iterator[Tensor]:
+        """The class token and the patches after each block, (B, 1 + n, D)."""
         # The class token's position is zero, and so are the registers'.
         single = torch.cat([self.cls_token, self.reg_token], 1) if self.registers else self.cls_token
         x = torch.cat([single.expand(tokens.shape[0], -1, -1).to(tokens.dtype), tokens], dim=1)
@@ -167,8 +179,7 @@ class ViT(MaskableEncoder):
         for block in self.blocks:
             recompute = self.gradient_checkpointing and self.training
             x = checkpoint(block, x, angles, use_reentrant=False) if recompute else block(x, angles)
-        out: Tensor = self.norm(torch.cat([x[:, :1], x[:, single.shape[1] :]], 1) if self.registers else x)
-        return out
+            yield torch.cat([x[:, :1], x[:, single.shape[1] :]], 1) if self.registers else x
 
     def forward(self, images: Tensor) -> Features:
         grid = self.grid(images.shape[2], images.shape[3])

@@ -1,6 +1,7 @@
 """Masked auto-encoding: which tokens stay visible (maskers) and what is predicted from them (pixel decoders)."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from pydantic import Field
@@ -40,11 +41,28 @@ class Masker(ABC):
 
 
 class PixelDecoder(nn.Module, ABC):
-    """Predicts pixels from visible tokens. Takes (width, patch_pixels) from the encoder."""
+    """Predicts pixels from visible tokens. Takes the encoder, for its width, patch, channels and depth.
+
+    Attributes:
+        every_layer: True where it reads what every block of the encoder gives, and not only the last.
+    """
+
+    every_layer: bool = False
 
     @abstractmethod
-    def forward(self, encoded: Tensor, restore: Tensor, grid: tuple[int, int]) -> Tensor:
-        """encoded (B, 1 + n, D), restore (B, N) -> predicted patches (B, N, patch * patch * C)."""
+    def forward(
+        self, layers: Sequence[Tensor], masking: Masking, grid: tuple[int, int], targets: Tensor
+    ) -> Tensor:
+        """Args:
+            layers: the encoder's outputs (B, 1 + n, D) for the class token and the visible tokens, the last one last;
+                `every_layer` of them, or that one alone.
+            masking: which tokens are visible.
+            grid: (h, w).
+            targets: (B, T), positions to predict.
+
+        Returns:
+            (B, T, patch * patch * C).
+        """
 
 
 class PixelDecoderSettings(Settings):
@@ -52,6 +70,19 @@ class PixelDecoderSettings(Settings):
 
     normalize_patches: bool = Field(
         False, description="each patch is predicted with its own mean taken off and divided by its deviation"
+    )
+    variance_floor: float = Field(
+        1e-6,
+        gt=0,
+        description="added to each patch's variance where patches are normalised: 1e-6 is MAE's; more, such as "
+        "1e-3, keeps the noise of black borders from counting as much as anatomy",
+    )
+    predicted: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="share of all tokens that is predicted at each step of training, chosen among the masked ones at "
+        "random; None predicts every masked one, as evaluation always does",
     )
 
 
@@ -67,8 +98,11 @@ MASKERS: Registry[Masker] = Registry(
 PIXEL_DECODERS: Registry[PixelDecoder] = Registry(
     "pixel decoder",
     PixelDecoder,
-    {"self-attention": "medxray.pretrain.decoders:SelfAttentionDecoder"},
+    {
+        "self-attention": "medxray.pretrain.decoders:SelfAttentionDecoder",
+        "cross-attention": "medxray.pretrain.decoders:CrossAttentionDecoder",
+    },
     group="medxray.pixel_decoders",
-    context=("width", "patch_pixels"),
+    context=("encoder",),
     settings=PixelDecoderSettings,
 )

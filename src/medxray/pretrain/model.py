@@ -7,20 +7,23 @@ from torch import Generator, Tensor, nn
 
 from medxray.encoders import MaskableEncoder
 from medxray.pretrain import Masker, Masking, PixelDecoder
+from medxray.pretrain.maskers import uniform_noise
 
 
 class MAEOutput(NamedTuple):
     """What one pass gives.
 
     Attributes:
-        loss: (B,) mean squared error over each image's masked patches.
-        prediction: (B, N, patch * patch * C).
+        loss: (B,) mean squared error over each image's masked patches among the targets.
+        prediction: (B, T, patch * patch * C).
+        targets: (B, T) int64, positions of the patches that were predicted.
         masking: which tokens were visible.
         latent: (B, 1 + n, D), the encoder's output for the class token and the visible tokens.
     """
 
     loss: Tensor
     prediction: Tensor
+    targets: Tensor
     masking: Masking
     latent: Tensor
 
@@ -32,9 +35,12 @@ class MaskedAutoEncoder(nn.Module):
     Args:
         encoder: sees the visible tokens only.
         masker: chooses them.
-        decoder: predicts every patch.
+        decoder: predicts patches.
         channels: C.
-        normalize_patches: targets are (t - mean) / sqrt(unbiased variance + 1e-6) of each patch.
+        normalize_patches: targets are (t - mean) / sqrt(unbiased variance + variance_floor) of each patch.
+        variance_floor: of pixels as they are normalised.
+        predicted: share of all tokens that is predicted while training, chosen among the masked ones at random; None,
+            like evaluation, predicts every masked one.
     """
 
     def __init__(
@@ -44,6 +50,8 @@ class MaskedAutoEncoder(nn.Module):
         decoder: PixelDecoder,
         channels: int,
         normalize_patches: bool = False,
+        variance_floor: float = 1e-6,
+        predicted: float | None = None,
     ) -> None:
         super().__init__()
         self.encoder = encoder
@@ -51,7 +59,7 @@ class MaskedAutoEncoder(nn.Module):
         self.decoder = decoder
         self.channels = channels
         self.patch = encoder.stride
-        self.normalize_patches = normalize_patches
+        self.normalize_patches, self.variance_floor, self.predicted = normalize_patches, variance_floor, predicted
 
     def forward(
         self, images: Tensor, regions: Tensor | None = None, generator: Generator | Tensor | None = None
@@ -63,28 +71,57 @@ class MaskedAutoEncoder(nn.Module):
         B, _, H, W = images.shape
         if generator is None:
             generator = torch.randint(2**63 - 1, (B,), device=images.device)
-        masking = self.masker(regions, B, self.encoder.grid(H, W), generator)
+        grid = self.encoder.grid(H, W)
+        masking = self.masker(regions, B, grid, generator)
+        targets = self._targets(masking, generator)
         # A torch generator may live on another device than the images.
-        return self.reconstruct(images, Masking(*(part.to(images.device) for part in masking)))
+        masking = Masking(*(part.to(images.device) for part in masking))
+        return self.reconstruct(images, masking, targets.to(images.device))
 
-    def reconstruct(self, images: Tensor, masking: Masking) -> MAEOutput:
-        """The pass with a masking that is known already."""
+    def _targets(self, masking: Masking, generator: Generator | Tensor) -> Tensor:
+        """(B, T) masked tokens in their order, chosen by noise of their own where not all are taken."""
+        (B, N), visible = masking.mask.shape, masking.keep.shape[1]
+        every = masking.restore.argsort(1)[:, visible:]
+        if self.predicted is None or not self.training:
+            return every.sort(1).values
+        count = min(N - visible, max(1, round(self.predicted * N)))
+        if isinstance(generator, Tensor):
+            # Another stream than the mask's.
+            generator = generator ^ 0x5DEECE66D
+        noise = uniform_noise(generator, B, N - visible)
+        return every.gather(1, noise.argsort(dim=1, stable=True)[:, :count]).sort(1).values
+
+    def reconstruct(self, images: Tensor, masking: Masking, targets: Tensor | None = None) -> MAEOutput:
+        """The pass with a masking that is known already.
+
+        Args:
+            images: (B, C, H, W).
+            masking: which tokens are visible.
+            targets: (B, T), positions to predict; None predicts all N, row by row.
+        """
         grid = self.encoder.grid(images.shape[2], images.shape[3])
-        seen = images
+        if targets is None:
+            targets = torch.arange(masking.mask.shape[1], device=images.device).expand(len(images), -1)
+        patches, seen = self.patchify(images), images
         if self.encoder.overlapping:
-            pixels = self.patchify(images) * (1 - masking.mask[..., None]).to(images.dtype)
+            pixels = patches * (1 - masking.mask[..., None]).to(images.dtype)
             seen = self.unpatchify(pixels, (images.shape[2], images.shape[3]))
         tokens = self.encoder.embed(seen)
-        keep = masking.keep[..., None].expand(-1, -1, tokens.shape[2])
-        latent = self.encoder.encode(tokens.gather(1, keep), grid, masking.keep)
-        prediction = self.decoder(latent, masking.restore, grid)
-        targets = self.patchify(images)
+        visible = tokens.gather(1, masking.keep[..., None].expand(-1, -1, tokens.shape[2]))
+        encode = self.encoder.encode_layers if self.decoder.every_layer else self._encode_last
+        layers = encode(visible, grid, masking.keep)
+        prediction = self.decoder(layers, masking, grid, targets)
+        wanted = patches.gather(1, targets[..., None].expand(-1, -1, patches.shape[2]))
         if self.normalize_patches:
-            mean, deviation = _statistics(targets)
-            targets = (targets - mean) / deviation
-        errors = (prediction.float() - targets.float()).square().mean(-1)
-        loss = (errors * masking.mask).sum(1) / masking.mask.sum(1).clamp(min=1)
-        return MAEOutput(loss, prediction, masking, latent)
+            mean, deviation = self._statistics(wanted)
+            wanted = (wanted - mean) / deviation
+        errors = (prediction.float() - wanted.float()).square().mean(-1)
+        masked = masking.mask.gather(1, targets)
+        loss = (errors * masked).sum(1) / masked.sum(1).clamp(min=1)
+        return MAEOutput(loss, prediction, targets, masking, layers[-1])
+
+    def _encode_last(self, tokens: Tensor, grid: tuple[int, int], keep: Tensor) -> list[Tensor]:
+        return [self.encoder.encode(tokens, grid, keep)]
 
     def patchify(self, images: Tensor) -> Tensor:
         """images (B, C, H, W) -> (B, N, patch * patch * C), row by row, channels last within a patch."""
@@ -98,15 +135,17 @@ class MaskedAutoEncoder(nn.Module):
         return patches.view(-1, h, w, p, p, C).permute(0, 5, 1, 3, 2, 4).reshape(-1, C, h * p, w * p)
 
     def paste(self, images: Tensor, output: MAEOutput) -> Tensor:
-        """The reconstruction with the visible patches as they are: (B, C, H, W)."""
-        targets, prediction = self.patchify(images), output.prediction.to(images.dtype)
+        """The image with its masked patches as they were predicted: (B, C, H, W); others stay as they are."""
+        patches, prediction = self.patchify(images), output.prediction.to(images.dtype)
+        places = output.targets[..., None].expand(-1, -1, patches.shape[2])
+        own = patches.gather(1, places)
         if self.normalize_patches:
-            mean, deviation = _statistics(targets)
+            mean, deviation = self._statistics(own)
             prediction = prediction * deviation + mean
-        mask = output.masking.mask[..., None].to(images.dtype)
-        return self.unpatchify(torch.where(mask > 0, prediction, targets), (images.shape[2], images.shape[3]))
+        masked = output.masking.mask.gather(1, output.targets)[..., None] > 0
+        pasted = patches.scatter(1, places, torch.where(masked, prediction, own))
+        return self.unpatchify(pasted, (images.shape[2], images.shape[3]))
 
-
-def _statistics(patches: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and deviation of each patch, (B, N, 1) both."""
-    return patches.mean(-1, keepdim=True), (patches.var(-1, keepdim=True) + 1e-6).sqrt()
+    def _statistics(self, patches: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and deviation of each patch, (B, T, 1) both."""
+        return patches.mean(-1, keepdim=True), (patches.var(-1, keepdim=True) + self.variance_floor).sqrt()

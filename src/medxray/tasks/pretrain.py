@@ -36,15 +36,15 @@ class Pretrain(Task):
         if self.frozen_encoder:
             raise SpecError("encoder.trainable: task pretrain trains the encoder; set it to true")
         assert spec.masker is not None and isinstance(spec.pixel_decoder, PixelDecoderSettings)
-        decoder = PIXEL_DECODERS.build(
-            spec.pixel_decoder, self.encoder.width, self.encoder.stride**2 * self.encoder.channels
-        )
+        decoder = spec.pixel_decoder
         self.model = MaskedAutoEncoder(
             self.encoder,
             MASKERS.build(spec.masker),
-            decoder,
+            PIXEL_DECODERS.build(decoder, self.encoder),
             self.encoder.channels,
-            normalize_patches=spec.pixel_decoder.normalize_patches,
+            normalize_patches=decoder.normalize_patches,
+            variance_floor=decoder.variance_floor,
+            predicted=decoder.predicted,
         )
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
