@@ -8,7 +8,9 @@ from medxray.pretrain import Masking
 from medxray.pretrain.maskers import RandomMasker, RectangleMasker, kept_of, uniform_noise
 from medxray.types import SpecError
 
-GRIDS = [(8, 8), (5, 9), (1, 1), (2, 1)]
+GRIDS = [(8, 8), (5, 9), (1, 1), (2, 1), (1, 13), (20, 7)]
+NAMES = maskers.names()
+RANKED = [name for name in NAMES if "ratio" in maskers.settings_of(name).model_fields]
 
 
 def splitmix64(seed: int, n: int) -> list[float]:
@@ -23,21 +25,96 @@ def splitmix64(seed: int, n: int) -> list[float]:
     return [(mix(mix(seed + 0x9E3779B97F4A7C15 * i & wrap)) >> 40) / 2**24 for i in range(1, n + 1)]
 
 
-@pytest.mark.parametrize("name", sorted({"random", "rectangle"} & set(maskers.names())))
+def assert_consistent(masking: Masking, B: int, N: int) -> None:
+    visible = masking.keep.shape[1]
+    assert masking.keep.shape[0] == B and visible >= 1
+    assert torch.equal(masking.restore.sort(dim=1).values, torch.arange(N).expand(B, -1))
+    assert torch.equal(masking.mask.sum(1), torch.full((B,), float(N - visible)))
+    assert torch.equal(masking.mask.gather(1, masking.keep), torch.zeros(masking.keep.shape))
+    assert torch.equal(masking.restore.gather(1, masking.keep), torch.arange(visible).expand(B, -1))
+
+
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("grid", GRIDS)
 def test_masking_is_consistent(name: str, grid: tuple[int, int]) -> None:
-    masker = maskers.get(name)()
-    masking = masker(None, 3, grid, torch.tensor([5, 6, 7]))
+    masking = maskers.get(name)()(None, 3, grid, torch.tensor([5, 6, 7]))
+    assert_consistent(masking, 3, grid[0] * grid[1])
+
+
+@pytest.mark.parametrize("name", RANKED)
+@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("ratio", [0.0, 0.01, 0.5, 0.9, 0.999])
+@pytest.mark.parametrize("unit", [1, 2, 4])
+def test_counts_are_exact(name: str, grid: tuple[int, int], ratio: float, unit: int) -> None:
     n = grid[0] * grid[1]
-    assert masking.keep.shape[0] == 3 and masking.keep.shape[1] >= 1
-    assert torch.equal(masking.restore.sort(dim=1).values, torch.arange(n).expand(3, -1))
-    assert torch.equal(masking.mask.sum(1), torch.full((3,), float(n - masking.keep.shape[1])))
-    assert torch.equal(masking.mask.gather(1, masking.keep), torch.zeros(masking.keep.shape))
-    places = masking.restore.gather(1, masking.keep)
-    assert torch.equal(places, torch.arange(masking.keep.shape[1]).expand(3, -1))
+    masking = maskers.get(name)(ratio=ratio, mask_unit=unit)(None, 2, grid, torch.tensor([1, 2]))
+    assert_consistent(masking, 2, n)
+    assert masking.keep.shape[1] == max(1, kept_of(n, ratio))
 
 
-@pytest.mark.parametrize("name", sorted({"random", "rectangle"} & set(maskers.names())))
+@pytest.mark.parametrize("name", RANKED)
+def test_units_stay_whole(name: str) -> None:
+    masking = maskers.get(name)(ratio=0.75, mask_unit=2)(None, 8, (8, 12), torch.arange(8))
+    units = masking.mask.view(8, 4, 2, 6, 2)
+    assert torch.equal(units.amin((2, 4)), units.amax((2, 4)))
+
+
+@pytest.mark.parametrize("name", RANKED)
+def test_no_place_is_never_seen(name: str) -> None:
+    """Over many seeds every token is visible in some and masked in others."""
+    share = maskers.get(name)(ratio=0.75)(None, 2000, (10, 12), torch.arange(2000)).mask.mean(0)
+    assert share.min() > 0.55 and share.max() < 0.9
+
+
+def neighbours(masking: Masking, grid: tuple[int, int]) -> float:
+    """Share of pairs of neighbours that are both visible."""
+    visible = (1 - masking.mask).unflatten(1, grid).bool()
+    pairs = [visible[:, 1:] & visible[:, :-1], visible[:, :, 1:] & visible[:, :, :-1]]
+    return sum(int(pair.sum()) for pair in pairs) / sum(pair.numel() for pair in pairs)
+
+
+def test_lattice() -> None:
+    visible = (1 - maskers.get("grid")(0.75)(None, 64, (8, 12), torch.arange(64)).mask).view(64, 8, 12).bool()
+    starts = set()
+    for image in visible:
+        rows, columns = image.any(1).nonzero()[:, 0], image.any(0).nonzero()[:, 0]
+        assert (rows.diff() == 2).all() and (columns.diff() == 2).all()
+        assert torch.equal(image, image.any(1)[:, None] & image.any(0)[None])
+        starts.add((int(rows[0]), int(columns[0])))
+    assert starts == {(0, 0), (0, 1), (1, 0), (1, 1)}
+
+
+def test_blocks_are_rectangles() -> None:
+    grid, whole = (20, 20), 0
+    masking = maskers.get("block")(0.1, block=0.2)(None, 64, grid, torch.arange(64))
+    for masked in masking.mask.view(64, *grid).bool():
+        # One rectangle, or the lower 40 tokens of one, so that at most its first row is not whole.
+        rows = masked.any(1).nonzero()[:, 0]
+        whole += len({tuple(masked[row].tolist()) for row in rows[1:]}) == 1
+    # In the others the first rectangle lay over the edge.
+    assert whole > 20
+    random = neighbours(RandomMasker(0.75)(None, 64, grid, torch.arange(64)), grid)
+    assert neighbours(maskers.get("block")(0.75)(None, 64, grid, torch.arange(64)), grid) > 2 * random
+
+
+def test_filtered_noise_spreads_clusters() -> None:
+    grid, seeds = (40, 40), torch.arange(64)
+    random, green = (maskers.get(name)(0.75)(None, 64, grid, seeds) for name in ("random", "filtered-noise"))
+
+    def uneven(masking: Masking) -> float:
+        """Variance of the number of visible tokens in squares of 8 x 8."""
+        counts = (1 - masking.mask).view(64, 5, 8, 5, 8).sum((2, 4))
+        return float(counts.var())
+
+    assert uneven(green) < 0.8 * uneven(random)
+    assert neighbours(green, grid) > 1.1 * neighbours(random, grid)
+    # Not a lattice: two images differ as two independent ones do.
+    assert (green.mask[0] - green.mask[1]).abs().mean() == pytest.approx(2 * 0.25 * 0.75, abs=0.06)
+    with pytest.raises(ValueError, match=r"less than coarse, found 2.0 and 1.0"):
+        maskers.get("filtered-noise")(fine=2.0, coarse=1.0)
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_a_mask_follows_from_its_seed_alone(name: str) -> None:
     masker = maskers.get(name)()
     together = masker(None, 2, (8, 8), torch.tensor([11, -4]))

@@ -91,6 +91,9 @@ MASKERS: Registry[Masker] = Registry(
     Masker,
     {
         "random": "medxray.pretrain.maskers:RandomMasker",
+        "block": "medxray.pretrain.maskers:BlockMasker",
+        "grid": "medxray.pretrain.maskers:GridMasker",
+        "filtered-noise": "medxray.pretrain.maskers:FilteredNoiseMasker",
         "rectangle": "medxray.pretrain.maskers:RectangleMasker",
     },
     group="medxray.maskers",

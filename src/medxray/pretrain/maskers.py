@@ -1,5 +1,7 @@
 """Which tokens stay visible."""
 
+import math
+from abc import abstractmethod
 from typing import Annotated
 
 import torch
@@ -9,6 +11,7 @@ from torch import Generator, Tensor
 from medxray.pretrain import Masker, Masking
 
 Ratio = Annotated[float, Field(ge=0, lt=1)]
+Unit = Annotated[int, Field(gt=0)]
 
 
 def kept_of(n: int, ratio: float) -> int:
@@ -51,26 +54,140 @@ def masking_from_order(order: Tensor, kept: int) -> Masking:
     return Masking(order[:, :kept], restore, (restore >= kept).float())
 
 
-class RandomMasker(Masker):
-    """The same share of tokens anywhere (MAE).
+class RankedMasker(Masker):
+    """Keeps the tokens of lowest rank, an exact number whatever the grid; a masker of this kind says how tokens rank."""
 
-    Args:
+    def __init__(self, ratio: Ratio = 0.75, mask_unit: Unit = 1) -> None:
+        """Args:
         ratio: share of the tokens that is masked.
-    """
-
-    def __init__(self, ratio: Ratio = 0.75) -> None:
+        mask_unit: tokens a side that share one rank, so that no single token stays visible among masked ones; units at
+            the far edges may be cut, and one unit is taken in part where the number asks for it.
+        """
         if not 0 <= ratio < 1:
             raise ValueError(f"ratio must be in [0, 1), found {ratio}")
-        self.ratio = ratio
+        if mask_unit < 1:
+            raise ValueError(f"mask_unit must be at least 1, found {mask_unit}")
+        self.ratio, self.mask_unit = ratio, mask_unit
 
-    def choose(self, noise: Tensor, grid: tuple[int, int], regions: Tensor | None = None) -> Masking:
-        """The tokens of smallest noise (B, N) stay visible; at least one does."""
-        return masking_from_order(noise.argsort(dim=1, stable=True), max(1, kept_of(noise.shape[1], self.ratio)))
+    def numbers(self, grid: tuple[int, int]) -> int:
+        """How many numbers of noise an image needs for a grid of units."""
+        return grid[0] * grid[1]
+
+    @abstractmethod
+    def rank(self, noise: Tensor, grid: tuple[int, int]) -> Tensor:
+        """noise (B, numbers) in [0, 1) -> (B, h, w), low where a unit should stay visible."""
+
+    def choose(self, noise: Tensor, grid: tuple[int, int]) -> Masking:
+        """The masking that noise (B, numbers) stands for; at least one token stays visible."""
+        (h, w), unit = grid, self.mask_unit
+        ranks = self.rank(noise, _units(grid, unit)).repeat_interleave(unit, 1).repeat_interleave(unit, 2)[:, :h, :w]
+        order = ranks.flatten(1).argsort(dim=1, stable=True)
+        return masking_from_order(order, max(1, kept_of(h * w, self.ratio)))
 
     def __call__(
         self, regions: Tensor | None, batch: int, grid: tuple[int, int], generator: Generator | Tensor | None
     ) -> Masking:
-        return self.choose(uniform_noise(generator, batch, grid[0] * grid[1]), grid, regions)
+        return self.choose(uniform_noise(generator, batch, self.numbers(_units(grid, self.mask_unit))), grid)
+
+
+def _units(grid: tuple[int, int], unit: int) -> tuple[int, int]:
+    return -(-grid[0] // unit), -(-grid[1] // unit)
+
+
+class RandomMasker(RankedMasker):
+    """The same share of tokens anywhere (MAE)."""
+
+    def rank(self, noise: Tensor, grid: tuple[int, int]) -> Tensor:
+        return noise.unflatten(1, grid)
+
+
+class GridMasker(RankedMasker):
+    """Visible units stand on a lattice, whose period goes by the ratio and whose place is drawn for each image (He et al.,
+    figure 6); what the exact number wants beyond the lattice, or leaves of it, is drawn at random."""
+
+    def numbers(self, grid: tuple[int, int]) -> int:
+        return 2 + grid[0] * grid[1]
+
+    def rank(self, noise: Tensor, grid: tuple[int, int]) -> Tensor:
+        period = max(1, round((1 - self.ratio) ** -0.5))
+        start = (noise[:, :2] * period).long()
+        rows, columns = (
+            (torch.arange(side, device=noise.device) - start[:, i, None]) % period == 0 for i, side in enumerate(grid)
+        )
+        return noise[:, 2:].unflatten(1, grid) + ~(rows[:, :, None] & columns[:, None])
+
+
+class BlockMasker(RankedMasker):
+    """Masked units form rectangles, drawn until enough are covered (BEiT, arXiv:2106.08254); the last may be cut.
+
+    Args:
+        ratio: share of the tokens that is masked.
+        mask_unit: tokens a side that share one rank.
+        block: share of the image that one rectangle covers; its sides have a ratio of 0.3 to 3.3.
+    """
+
+    def __init__(
+        self, ratio: Ratio = 0.75, mask_unit: Unit = 1, block: Annotated[float, Field(gt=0, le=1)] = 0.1
+    ) -> None:
+        super().__init__(ratio, mask_unit)
+        if not 0 < block <= 1:
+            raise ValueError(f"block must be in (0, 1], found {block}")
+        self.block = block
+
+    def _blocks(self) -> int:
+        """So many that they cover more than the ratio, some over others or over the edge."""
+        return 4 + math.ceil(2 * math.log(1 - min(self.ratio, 0.99)) / math.log(1 - min(self.block, 0.9)))
+
+    def numbers(self, grid: tuple[int, int]) -> int:
+        return 3 * self._blocks() + grid[0] * grid[1]
+
+    def rank(self, noise: Tensor, grid: tuple[int, int]) -> Tensor:
+        (h, w), count = grid, self._blocks()
+        shape, place = noise[:, :count], noise[:, count : 3 * count].unflatten(1, (2, count))
+        tall = (0.3 ** (1 - 2 * shape) * self.block) ** 0.5
+        inside = []
+        for i, (side, extent) in enumerate(zip(grid, (tall, self.block / tall), strict=True)):
+            size = (extent * side).round().clamp(1, side)
+            # From over the edge on, so that every place is covered as often.
+            start = (place[:, i] * (side + size - 1)).floor() - size + 1
+            at = torch.arange(side, device=noise.device)
+            inside.append((at >= start[..., None]) & (at < (start + size)[..., None]))
+        covered = inside[0][..., :, None] & inside[1][..., None, :]
+        # The first rectangle over a unit decides: what is covered early is masked first, and the last one from below.
+        first = torch.where(covered.any(1), covered.int().argmax(1), count)
+        row_by_row = torch.arange(h * w, device=noise.device).view(h, w) / (h * w)
+        return torch.where(first == count, noise[:, 3 * count :].unflatten(1, grid), count - first + row_by_row)
+
+
+class FilteredNoiseMasker(RankedMasker):
+    """Noise without its finest and its coarse parts, so that visible tokens form small clusters, spread more evenly than
+    at random: the "green" noise of ColorMAE (arXiv:2407.13036), as the difference of two Gaussian blurs.
+
+    Args:
+        ratio: share of the tokens that is masked.
+        mask_unit: tokens a side that share one rank.
+        fine: deviation, in units, of the blur that takes out what is finer.
+        coarse: of the blur whose result is taken off, more than `fine`.
+    """
+
+    def __init__(
+        self,
+        ratio: Ratio = 0.75,
+        mask_unit: Unit = 1,
+        fine: Annotated[float, Field(ge=0)] = 0.5,
+        coarse: Annotated[float, Field(gt=0)] = 1.5,
+    ) -> None:
+        super().__init__(ratio, mask_unit)
+        if not 0 <= fine < coarse:
+            raise ValueError(f"fine must be at least 0 and less than coarse, found {fine} and {coarse}")
+        self.fine, self.coarse = fine, coarse
+
+    def rank(self, noise: Tensor, grid: tuple[int, int]) -> Tensor:
+        h, w = grid
+        rows, columns = torch.fft.fftfreq(h, device=noise.device), torch.fft.rfftfreq(w, device=noise.device)
+        turns = -2 * math.pi**2 * (rows[:, None] ** 2 + columns[None] ** 2)
+        band = torch.exp(turns * self.fine**2) - torch.exp(turns * self.coarse**2)
+        return torch.fft.irfft2(torch.fft.rfft2(noise.unflatten(1, grid)) * band, s=grid)
 
 
 class RectangleMasker(Masker):
@@ -99,7 +216,7 @@ class RectangleMasker(Masker):
         inner_columns = (columns > int(0.125 * w)) & (columns <= int(0.75 * w))
         return (inner_rows[:, None] & inner_columns[None]).flatten()
 
-    def choose(self, noise: Tensor, grid: tuple[int, int], regions: Tensor | None = None) -> Masking:
+    def choose(self, noise: Tensor, grid: tuple[int, int]) -> Masking:
         """In each region the tokens of smallest noise (B, N) stay visible; at least one of all does."""
         inside = self.inside(grid, noise.device)
         order = noise.argsort(dim=1, stable=True)
@@ -118,7 +235,7 @@ class RectangleMasker(Masker):
     def __call__(
         self, regions: Tensor | None, batch: int, grid: tuple[int, int], generator: Generator | Tensor | None
     ) -> Masking:
-        return self.choose(uniform_noise(generator, batch, grid[0] * grid[1]), grid, regions)
+        return self.choose(uniform_noise(generator, batch, grid[0] * grid[1]), grid)
 
 
 def _count_inside(grid: tuple[int, int]) -> int:
