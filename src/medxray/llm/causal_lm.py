@@ -7,6 +7,7 @@ import hashlib
 import importlib.util
 import json
 import os
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     from medxray.spec import GenerationSpec
 
 IGNORED = -100
+# N-grams are blocked among a report's own tokens alone, as is wanted; transformers warns of it.
+warnings.filterwarnings("ignore", message="Passing `no_repeat_ngram_size` with `inputs_embeds`")
 
 
 class CausalLM(ReportDecoder):
