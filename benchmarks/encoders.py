@@ -1,7 +1,7 @@
 """What the encoders' selective scan costs, beside what people use, on this machine.
 
     pip install 'medxray[bench]'
-    python benchmarks/encoders.py              # everything that runs here, some four minutes on two cores
+    python benchmarks/encoders.py              # everything that runs here, some eight minutes on two cores
     python benchmarks/encoders.py scan memory  # one part or some
     python benchmarks/encoders.py growth --plot docs/encoders.svg
 
@@ -269,7 +269,7 @@ def growth(plot: Path | None) -> list[Row]:
 
 
 def draw(sides: tuple[int, ...], seconds: dict[str, list[float]], path: Path) -> None:
-    """Seconds over megapixels, so that a straight line is linear growth."""
+    """Seconds over the number of pixels, so that a straight line is linear growth."""
     import matplotlib.pyplot as plt
 
     plt.rcParams["svg.hashsalt"] = "medxray"
@@ -278,9 +278,9 @@ def draw(sides: tuple[int, ...], seconds: dict[str, list[float]], path: Path) ->
     for (name, line), colour in zip(seconds.items(), ("#0b6e99", "#c4622d"), strict=True):
         axes.plot(megapixels, line, "o-", color=colour, linewidth=2, markersize=5)
         axes.annotate(name, (megapixels[-1], line[-1]), xytext=(-8, 8), textcoords="offset points", ha="right", color=colour)
-    for side, x in zip(sides, megapixels, strict=True):
-        axes.annotate(f"{side}²", (x, 0), xytext=(0, 3), textcoords="offset points", ha="center", fontsize=7, color="#777")
-    axes.set(xlabel="image, megapixels", ylabel="forward pass, seconds", xlim=(0, None), ylim=(0, None))
+    axes.set_xticks(megapixels, [f"{side}²" for side in sides], fontsize=8)
+    highest = 1.1 * max(max(line) for line in seconds.values())
+    axes.set(xlabel="image, pixels", ylabel="forward pass, seconds", xlim=(0, None), ylim=(0, highest))
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", alpha=0.25)
     figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None, dpi=150)
