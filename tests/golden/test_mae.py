@@ -12,6 +12,7 @@ from torch import Tensor
 
 from medxray.encoders.vit import ViT
 from medxray.layers import sincos_positions
+from medxray.pretrain import Masker
 from medxray.pretrain.decoders import SelfAttentionDecoder
 from medxray.pretrain.maskers import RandomMasker, RectangleMasker
 from medxray.pretrain.model import MaskedAutoEncoder
@@ -35,16 +36,16 @@ def read(name: str) -> Case:
     return json.loads((GOLDEN / f"{name}.json").read_text()), load_file(GOLDEN / f"{name}.safetensors")
 
 
-@pytest.mark.parametrize("name", cases("mae"))
-def test_same_function_as_mae(name: str) -> None:
-    config, tensors = read(name)
+def made(config: dict[str, Any], masker: Masker, **settings: Any) -> MaskedAutoEncoder:
+    """The model that a golden file's settings describe."""
     encoder = ViT(
         width=config["embed_dim"],
         depth=config["depth"],
         heads=config["num_heads"],
         patch=config["patch_size"],
         channels=config["in_chans"],
-        mlp_ratio=config["mlp_ratio"],
+        mlp_ratio=config.get("mlp_ratio", 4.0),
+        **settings,
     )
     decoder = SelfAttentionDecoder(
         encoder,
@@ -52,8 +53,15 @@ def test_same_function_as_mae(name: str) -> None:
         depth=config["decoder_depth"],
         heads=config["decoder_num_heads"],
     )
+    return MaskedAutoEncoder(encoder, masker, decoder, encoder.channels, config["norm_pix_loss"])
+
+
+@pytest.mark.parametrize("name", cases("mae"))
+def test_same_function_as_mae(name: str) -> None:
+    config, tensors = read(name)
     masker = RandomMasker(config["mask_ratio"])
-    model = MaskedAutoEncoder(encoder, masker, decoder, encoder.channels, config["norm_pix_loss"])
+    model = made(config, masker)
+    encoder, decoder = model.encoder, model.decoder
     weights = {key.removeprefix("weights."): t for key, t in tensors.items() if key.startswith("weights.")}
     grid = encoder.grid(*tensors["input"].shape[2:])
     for key in ("pos_embed", "decoder_pos_embed"):
@@ -85,22 +93,9 @@ def test_same_function_as_mae(name: str) -> None:
 @pytest.mark.parametrize("name", cases("hdmae"))
 def test_same_function_as_the_hd_release(name: str) -> None:
     config, tensors = read(name)
-    encoder = ViT(
-        width=config["embed_dim"],
-        depth=config["depth"],
-        heads=config["num_heads"],
-        patch=config["patch_size"],
-        stem="hd",
-        channels=config["in_chans"],
-    )
-    decoder = SelfAttentionDecoder(
-        encoder,
-        dim=config["decoder_embed_dim"],
-        depth=config["decoder_depth"],
-        heads=config["decoder_num_heads"],
-    )
     masker = RectangleMasker(config["mask_ratio_inner"], config["mask_ratio_outer"])
-    model = MaskedAutoEncoder(encoder, masker, decoder, encoder.channels, config["norm_pix_loss"])
+    model = made(config, masker, stem="hd")
+    encoder, decoder = model.encoder, model.decoder
     weights = {key.removeprefix("weights."): t for key, t in tensors.items() if key.startswith("weights.")}
     grid = (config["grid"][0], config["grid"][1])
     for key in ("pos_embed", "decoder_pos_embed"):
