@@ -28,8 +28,7 @@ from medxray.types import Features, MedxrayError
 def summarise(pipeline: Pipeline) -> dict[str, str]:
     """Parameters, tokens, arithmetic and memory of a pipeline; no data are needed."""
     task = pipeline.task
-    trained = sum(p.numel() for p in task.parameters() if p.requires_grad)
-    found = {"parameters": f"{sum(p.numel() for p in task.parameters()):,}", "trained parameters": f"{trained:,}"}
+    found = _parameters(task)
     for name, part in task.named_children():
         own = sum(p.numel() for p in part.parameters())
         if own and name != "model":
@@ -81,8 +80,7 @@ def summarise_encoder(spec: Spec) -> dict[str, str]:
     if encoder is None or cost is None:
         encoder = build_encoder(spec)
         cost = _from_shapes(encoder, height, width) or _measured(encoder, height, width)
-    trained = sum(p.numel() for p in encoder.parameters() if p.requires_grad)
-    found = {"parameters": f"{sum(p.numel() for p in encoder.parameters()):,}", "trained parameters": f"{trained:,}"}
+    found = _parameters(encoder)
     for name, count in _parts(encoder):
         found[f"  {name}"] = f"{count:,}"
     found["pixels a token"] = f"{encoder.stride} x {encoder.stride}"
@@ -231,6 +229,11 @@ def _unfilled(spec: Spec) -> Encoder | None:
         encoder = ENCODERS.build(settings)
         return encoder if settings.trainable else freeze(encoder)  # type: ignore[return-value]
     return None
+
+
+def _parameters(module: nn.Module) -> dict[str, str]:
+    every, trained = (sum(p.numel() for p in module.parameters() if p.requires_grad or whole) for whole in (True, False))
+    return {"parameters": f"{every:,}", "trained parameters": f"{trained:,}"}
 
 
 def _parts(module: nn.Module) -> list[tuple[str, int]]:

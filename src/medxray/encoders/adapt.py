@@ -27,10 +27,12 @@ def features_from(output: Features | Tensor) -> Features:
 
 def grid_of(tokens: int, height: int, width: int, stride: int) -> tuple[int, int] | None:
     """(h, w) of so many tokens of an image, whether its last incomplete ones were dropped or padded."""
-    for h, w in ((height // stride, width // stride), (-(-height // stride), -(-width // stride))):
-        if h * w == tokens:
-            return h, w
-    return None
+    return next((grid for grid in _grids(height, width, stride) if grid[0] * grid[1] == tokens), None)
+
+
+def _grids(height: int, width: int, stride: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """(h, w) where the last incomplete tokens are dropped, and where they are padded."""
+    return (height // stride, width // stride), (-(-height // stride), -(-width // stride))
 
 
 def stride_of(tokens: int | tuple[int, int], height: int, width: int) -> int | None:
@@ -40,8 +42,7 @@ def stride_of(tokens: int | tuple[int, int], height: int, width: int) -> int | N
     """
 
     def fits(stride: int) -> bool:
-        grids = ((height // stride, width // stride), (-(-height // stride), -(-width // stride)))
-        return any(grid == tokens or grid[0] * grid[1] == tokens for grid in grids)
+        return any(grid == tokens or grid[0] * grid[1] == tokens for grid in _grids(height, width, stride))
 
     found = [stride for stride in range(1, max(height, width) + 1) if fits(stride)]
     return min(found, key=lambda stride: (stride.bit_count() > 1, height % stride), default=None)
