@@ -93,6 +93,38 @@ def predict(
 
 
 @app.command()
+def pictures(
+    run: Annotated[str, typer.Argument(help="a run folder, or the spec that was fitted", metavar="RUN")],
+    files: Annotated[Optional[list[Path]], typer.Argument(help="DICOM, PNG, JPEG or TIFF files")] = None,
+    output: Annotated[Optional[Path], typer.Option(help="where they go; pictures/ of the run folder")] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Draw what a pre-trained model makes of images: masked, reconstructed, errors, attention, components.
+
+    Without files it draws the validation studies that the fit drew after each epoch.
+
+    Example: medxray pictures runs/hd-mae-phantom chest.dcm --output drawn
+    """
+    with _mistakes():
+        for file in _open(run, None).pictures(list(files) if files else None, output, progress=not quiet):
+            _print(str(file))
+
+
+@app.command()
+def export(
+    run: Annotated[str, typer.Argument(help="a run folder, or the spec that was fitted", metavar="RUN")],
+    folder: Annotated[Path, typer.Argument(help="gets config.json and model.safetensors", metavar="FOLDER")],
+    format: Annotated[str, typer.Option(help="timm or transformers")] = "timm",
+) -> None:
+    """Write a run's vit encoder as timm or transformers read it.
+
+    Example: medxray export runs/hd-mae-phantom vit-cxr --format transformers
+    """
+    with _mistakes():
+        _print(f"written: {_open(run, None).export(folder, format)}")
+
+
+@app.command()
 def show(
     name: Annotated[str, typer.Argument(help="a spec, as in fit, or a registered encoder", metavar="NAME")],
     settings: Settings = None,

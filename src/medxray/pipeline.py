@@ -7,13 +7,13 @@ import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from medxray.data import Studies, StudyImages, collate, load_studies, study_from
+from medxray.data import Sample, Studies, StudyImages, collate, load_studies, study_from
 from medxray.encoders import Encoder
 from medxray.encoders.adapt import as_encoder
 from medxray.encoders.frozen import compute_once
@@ -25,8 +25,10 @@ from medxray.tasks import TASKS, Task
 from medxray.training import fit, load_trained, save_trained
 from medxray.types import Batch, Prediction, RunError, Scores, SpecError
 from medxray.visual.report_page import report_page
+from medxray.weights.writing import export
 
 CARDS = 24
+PICTURED, PAGE = 6, 12
 FILES = ("task.json", "references.json", "environment.json")
 
 
@@ -72,6 +74,8 @@ def load(folder: str | Path, *, encoder: nn.Module | None = None) -> "Pipeline":
     data = Spec.read(folder / "spec.yaml").to_dict()
     # The run's own tensors are loaded below, so that where they once came from need not be there.
     data["encoder"] = {**data["encoder"], "weights": None}
+    if data.get("pixel_decoder", {}).get("weights") is not None:
+        data["pixel_decoder"] = {**data["pixel_decoder"], "weights": None}
     model = data.get("decoder", {}).get("model")
     if isinstance(model, str) and model.startswith("./"):
         data["decoder"] = {**data["decoder"], "model": str(folder / model)}
@@ -142,7 +146,9 @@ class Pipeline:
             seed=self.spec.seed,
             train=train,
             max_views=self.studies.views,
+            reader=self.studies.reader,
         )
+        self.task.complete(images, progress=self._progress)
         if self.task.frozen_encoder and not (train and self.spec.data.crop < 1):
             images.features = compute_once(
                 self.task.encoder, images, self.spec.training.batch_size, progress=self._progress
@@ -200,11 +206,13 @@ class Pipeline:
                 found |= {name: score.value for name, score in scores.items()}
             return found
 
+        drawn = self._pictured(val)
         fit(
             task,
             train,
             self.folder,
             validate,
+            pictured=val.collate([val[row] for row in drawn]) if drawn else None,
             higher_is_better=chooser.higher_is_better if chooser else False,
             progress=progress,
         )
@@ -285,24 +293,49 @@ class Pipeline:
         """
         self._need_fit()
         many = isinstance(studies, list)
-        encoder, task = self.task.encoder, self.task
-        samples = [
-            study_from(
-                value,
-                self.spec.data,
-                channels=encoder.channels,
-                mean=encoder.mean,
-                std=encoder.std,
-                labels=task.labels,
-                seed=self.spec.seed,
-                max_views=task.views,
-            )
-            for value in (studies if many else [studies])
-        ]
+        task, samples = self.task, self._samples(studies if many else [studies])
         size = self._prediction_batch
         batches = [collate(samples[i : i + size], task.views) for i in range(0, len(samples), size)]
         found = self._run(task.predict, batches, len(batches), "predict", progress)
         return found if many else found[0]
+
+    @torch.no_grad()
+    def pictures(self, studies: Any = None, folder: str | Path | None = None, *, progress: bool = False) -> list[Path]:
+        """Draws what the model makes of studies, as after each epoch of a fit.
+
+        Args:
+            studies: as `predict` takes them; None takes the validation studies that the fit drew.
+            folder: where the PNG files go; pictures/ of the run folder if None.
+            progress: show a bar.
+
+        Returns:
+            The files, each of at most 12 studies.
+
+        Raises:
+            RunError: the task draws nothing, or the files cannot be written.
+        """
+        self._need_fit()
+        if type(self.task).pictures is Task.pictures:
+            raise RunError(f"task {self.spec.task} draws no pictures; its studies are in report.html after evaluate")
+        if studies is None:
+            images = self.images("val")
+            samples = [images[row] for row in self._pictured(images) or _spread(len(images), PICTURED)]
+            name, views = "validation", images.max_views
+        else:
+            samples = self._samples(studies if isinstance(studies, list) else [studies])
+            name, views = "studies", self.task.views
+        folder = Path(folder) if folder is not None else self.folder / "pictures"
+        pages = [samples[i : i + PAGE] for i in range(0, len(samples), PAGE)]
+        device, files = next(self.task.encoder.parameters()).device, []
+        self.task.eval()
+        for i, page in enumerate(tqdm(pages, desc="pictures", unit="page", disable=not progress)):
+            page_name = f"{name}-{i + 1:03d}" if len(pages) > 1 else name
+            try:
+                files += self.task.pictures(collate(page, views).to(device), folder, page_name)
+            except OSError as error:
+                reason = error.strerror or error
+                raise RunError(f"{folder} cannot be written: {reason}; name another folder for the pictures") from error
+        return files
 
     def save(self, folder: str | Path, *, complete: bool = False) -> Path:
         """Writes what `load` needs. Frozen public weights stay named by hash unless `complete`.
@@ -326,6 +359,16 @@ class Pipeline:
         save_trained(self.task, folder / "model.safetensors")
         return folder
 
+    def export(self, folder: str | Path, format: Literal["timm", "transformers"] = "timm") -> Path:
+        """Writes the encoder as timm or transformers read it, for images of `data.image_size`.
+
+        Raises:
+            RunError: not fitted yet.
+            WeightsError: it is no `vit`, or a setting of it has no place there.
+        """
+        self._need_fit()
+        return export(self.task.encoder, folder, format, self.spec.data.image_size)
+
     def facts(self) -> dict[str, str]:
         """What a reader of a run wants to know beside its scores."""
         count = sum(p.numel() for p in self.task.parameters())
@@ -339,6 +382,31 @@ class Pipeline:
             "python": versions["python"],
             **{name: versions["packages"][name] for name in ("medxray", "torch", "transformers")},
         }
+
+    def _samples(self, studies: Sequence[Any]) -> list[Sample]:
+        encoder, task = self.task.encoder, self.task
+        return [
+            study_from(
+                value,
+                self.spec.data,
+                channels=encoder.channels,
+                mean=encoder.mean,
+                std=encoder.std,
+                labels=task.labels,
+                seed=self.spec.seed,
+                max_views=task.views,
+                segment=task.segment,
+                grid=task.grid,
+            )
+            for value in studies
+        ]
+
+    def _pictured(self, images: StudyImages) -> list[int]:
+        """The validation studies that a fit draws, the same all along; none for a task that draws nothing."""
+        if type(self.task).pictures is Task.pictures:
+            return []
+        judged = min(len(images), self.spec.training.validation_studies or len(images))
+        return _spread(judged, self.spec.training.pictures)
 
     @property
     def _prediction_batch(self) -> int:
@@ -461,7 +529,8 @@ def _check_run_folder(folder: Path) -> None:
 def _differences(old: Any, new: Any, path: str = "") -> Iterable[tuple[str, Any, Any]]:
     if isinstance(old, dict) and isinstance(new, dict):
         for key in dict.fromkeys([*old, *new]):
-            if not path and key == "output":
+            # Neither changes what a run computes.
+            if (path, key) in (("", "output"), ("data", "workers")):
                 continue
             yield from _differences(old.get(key), new.get(key), f"{path}.{key}" if path else str(key))
     elif old != new:

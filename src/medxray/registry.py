@@ -22,6 +22,7 @@ SECTIONS: dict[str, str] = {
     "reader": "medxray.data.readers:READERS",
     "encoder": "medxray.encoders:ENCODERS",
     "masker": "medxray.pretrain:MASKERS",
+    "segmenter": "medxray.pretrain:SEGMENTERS",
     "pixel_decoder": "medxray.pretrain:PIXEL_DECODERS",
     "projector": "medxray.llm:PROJECTORS",
     "retriever": "medxray.retrieval:RETRIEVERS",

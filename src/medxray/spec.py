@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Union
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, Strict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, Strict, ValidationError, model_validator
 from pydantic import create_model as _create_model
 
 from medxray.registry import SECTIONS, Settings, describe, nearest, registry_of
@@ -50,9 +50,17 @@ class DataSpec(Section):
     crop: Annotated[float, Field(gt=0, le=1)] = Field(
         1.0, description="smallest share of the area that a random training crop keeps; never flipped"
     )
+    decode: Literal["full", "reduced"] = Field(
+        "full",
+        description="reduced decodes JPEG and JPEG 2000 at a half, a quarter or less of their sides, where that is no "
+        "smaller than image_size and the crop need",
+    )
     cache_images: Flag = Field(True, description="keep decoded images in memory while they fit one GiB")
     workers: Count = Field(0, description="processes that load images")
     max_studies: Positive | None = Field(None, description="the first so many studies of each split only")
+    fraction: Annotated[float, Field(gt=0, le=1)] = Field(
+        1.0, description="share of the training patients, stratified by label; the smaller lies in the larger"
+    )
 
 
 class TrainingSpec(Section):
@@ -62,7 +70,12 @@ class TrainingSpec(Section):
     steps: Positive | None = Field(None, description="optimiser steps; in place of epochs")
     batch_size: Positive = Field(16, description="studies a process and step")
     accumulate: Positive = Field(1, description="batches whose gradients make one step")
-    learning_rate: Rate = Field(1e-4, description="peak rate")
+    learning_rate: Rate | None = Field(1e-4, description="peak rate; null where base_learning_rate is given")
+    base_learning_rate: Rate | None = Field(
+        None,
+        description="peak rate for 256 studies a step, in place of learning_rate: it is scaled to those of a step, "
+        "batch_size x accumulate x processes",
+    )
     rates: dict[str, Rate] = Field({}, description="peak rates of single parts, such as {encoder: 5.0e-5}")
     min_learning_rate: Rate = Field(1e-6, description="floor of the schedule")
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
@@ -71,10 +84,22 @@ class TrainingSpec(Section):
         1.0, description="factor on the rate for each block further from the encoder's output"
     )
     weight_decay: Rate = Field(0.05, description="not applied to biases, norms and single tokens")
+    final_weight_decay: Rate | None = Field(
+        None, description="where weight_decay ends, along a cosine over the steps; it stays as it is if null"
+    )
+    ema: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        None,
+        description="decay of a moving average of the weights, such as 0.999, which validation and the fitted model then "
+        "use; none if null",
+    )
     betas: list[Share] = Field([0.9, 0.999], min_length=2, max_length=2)
     clip: Rate = Field(1.0, description="largest gradient norm; 0 is off")
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    gradient_checkpointing: Flag = Field(False, description="recompute activations to save memory")
+    gradient_checkpointing: Flag | Literal["mlp"] = Field(
+        False,
+        description="recompute activations to save memory: true those of whole blocks, mlp those inside the MLPs of "
+        "medxray's own blocks, which is half of them at a fraction of the time",
+    )
     compile: Flag = Field(False, description="torch.compile the model")
     log_steps: Positive = Field(10, description="a line in log.jsonl every so many steps")
     evaluate_steps: Positive | None = Field(None, description="validate every so many steps; each epoch if null")
@@ -84,6 +109,19 @@ class TrainingSpec(Section):
     validation_studies: Positive | None = Field(
         None, description="validate on the first so many studies while fitting; all if null"
     )
+    pictures: Count = Field(6, description="validation studies that a task draws after each epoch, where it draws any")
+
+    @model_validator(mode="after")
+    def _one_rate(self) -> "TrainingSpec":
+        if self.base_learning_rate is not None and "learning_rate" not in self.model_fields_set:
+            self.learning_rate = None
+        return self
+
+    def peak(self, processes: int = 1, repeats: int = 1) -> float:
+        """The peak rate, scaled to the images of a step where the spec gives a base: its studies x `repeats`."""
+        if self.base_learning_rate is None:
+            return self.learning_rate or 0.0
+        return self.base_learning_rate * self.batch_size * self.accumulate * processes * repeats / 256
 
 
 class GenerationSpec(Section):
@@ -111,6 +149,7 @@ class Spec(Section):
     data: SerializeAsAny[DataSpec]
     encoder: Part | None = None
     masker: Part | None = None
+    segmenter: Part | None = None
     pixel_decoder: Part | None = None
     projector: Part | None = None
     retriever: Part | None = None
@@ -217,6 +256,10 @@ class Spec(Section):
             raise SpecError("\n".join(problems))
         if (spec.training.epochs is None) == (spec.training.steps is None):
             raise SpecError("training: give either epochs or steps, not both and not neither")
+        if (spec.training.learning_rate is None) == (spec.training.base_learning_rate is None):
+            raise SpecError(
+                "training: give either learning_rate or base_learning_rate, and not both; set the other to null"
+            )
         return spec
 
     def to_dict(self) -> dict[str, Any]:

@@ -21,7 +21,8 @@ from medxray.encoders import ENCODERS, Encoder, freeze
 from medxray.encoders.shapes import shapes_only
 from medxray.pipeline import Pipeline
 from medxray.spec import Spec
-from medxray.tasks import build_encoder
+from medxray.tasks import Task, build_encoder
+from medxray.training import checkpoint_activations
 from medxray.types import Features, MedxrayError
 
 
@@ -37,10 +38,29 @@ def summarise(pipeline: Pipeline) -> dict[str, str]:
     cost = _from_shapes(task.encoder, height, width) or _measured(task.encoder, height, width)
     found["tokens an image"] = cost.tokens
     found["encoder FLOP an image"] = cost.arithmetic
-    found["encoder activations an image"] = cost.activations
+    if task.learner is None:
+        found["encoder activations an image"] = cost.activations
+    else:
+        checkpoint_activations(task, pipeline.spec.training.gradient_checkpointing)
+        found |= _step(task, task.learner, height, width)
     found["weights, gradients and AdamW"] = _optimised(task)
-    found["encoder counted"] = cost.origin
+    found["counted"] = cost.origin
     return found
+
+
+def _step(task: Task, learner: nn.Module, height: int, width: int) -> dict[str, str]:
+    """What an image costs a step of a task that learns from images alone."""
+    try:
+        with shapes_only(learner) as copy:
+            output, watch = _watched(copy.train(), 1, height, width)
+            activations = _for_each_image(copy, height, width)
+    except Exception as error:
+        return {"a step": f"cannot be counted without running it ({type(error).__name__} in a pass without numbers)"}
+    return {
+        **task.learner_says(output),
+        "step FLOP an image": watch.arithmetic(),
+        "step activations an image": f"{_bytes(activations)} in float32, while training",
+    }
 
 
 def spec_of_encoder(name: str, settings: Sequence[str] = (), image_size: int | list[int] | None = None) -> Spec:
@@ -107,12 +127,17 @@ def _from_shapes(encoder: Encoder, height: int, width: int) -> Cost | None:
     try:
         with shapes_only(encoder) as copy:
             features, watch = _watched(copy.eval(), 1, height, width)
-            # What an image adds, so that tables which all images share are left out.
-            two, four = (_watched(copy.train(), count, height, width)[1].kept for count in (2, 4))
+            activations = _for_each_image(copy.train(), height, width)
     except Exception:
         return None
     origin = f"from the shapes of {height} x {width}"
-    return _in_words(encoder, features, watch, (four - two) / 2, "while training", origin)
+    return _in_words(encoder, features, watch, activations, "while training", origin)
+
+
+def _for_each_image(model: nn.Module, height: int, width: int) -> float:
+    """Bytes that an image adds to what is kept, so that tables which all images share are left out."""
+    two, four = (_watched(model, count, height, width)[1].kept for count in (2, 4))
+    return (four - two) / 2
 
 
 def _measured(encoder: Encoder, height: int, width: int) -> Cost:
@@ -144,15 +169,15 @@ def _in_words(
     )
 
 
-def _watched(encoder: Encoder, count: int, height: int, width: int) -> tuple[Features, "_Watch"]:
-    """One forward pass over black images, and what was seen of it while its results were still there."""
-    device = next((p.device for p in encoder.parameters()), torch.device("cpu"))
-    watch = _Watch(encoder)
+def _watched(model: Any, count: int, height: int, width: int) -> tuple[Any, "_Watch"]:
+    """One forward pass over black images of `model.channels`, and what was seen of it while its results were still
+    there."""
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    watch = _Watch(model)
     with torch.enable_grad(), watch:
-        images = torch.zeros(count, encoder.channels, height, width, device=device)
-        features: Features = encoder(images)
+        output = model(torch.zeros(count, model.channels, height, width, device=device))
         watch.kept = watch.alive()
-    return features, watch
+    return output, watch
 
 
 class _Watch(TorchDispatchMode):
@@ -165,10 +190,10 @@ class _Watch(TorchDispatchMode):
         kept: bytes of the results that are alive at the end of the forward pass, parameters left out.
     """
 
-    def __init__(self, encoder: nn.Module) -> None:
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.kept = 0
-        self._own = {StorageWeakRef(t.untyped_storage()) for t in (*encoder.parameters(), *encoder.buffers())}
+        self._own = {StorageWeakRef(t.untyped_storage()) for t in (*model.parameters(), *model.buffers())}
         self._results: dict[StorageWeakRef, int] = {}
         self._flop: Counter[str] = Counter()
         self._uncounted: Counter[str] = Counter()

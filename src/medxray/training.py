@@ -1,7 +1,8 @@
 """The only module that knows the training engine, transformers.Trainer on accelerate.
 
-What it adds: checkpoints that are whole or absent, a log without clocks, and randomness that is a function of
-(seed, step), so that a run resumed after a kill equals one that was never killed.
+What it adds: checkpoints that are whole or absent, a log without clocks, randomness and schedules that are functions
+of (seed, step), so that a run resumed after a kill equals one that was never killed; and a stop before anything is
+learned from a loss that is not finite.
 """
 
 import contextlib
@@ -11,11 +12,14 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+import torch.distributed
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
@@ -25,13 +29,17 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from transformers.utils import logging as transformers_logging
 
 from medxray.data import StudyImages, seed_of
+from medxray.data.readers import Locality
+from medxray.layers import MLP
 from medxray.spec import TrainingSpec
 from medxray.tasks import Task
 from medxray.types import Batch, RunError, SpecError
 
 CHECKPOINTS = "checkpoints"
+PICTURES = "pictures"
+AVERAGES = "ema.safetensors"
 BEST = "best.safetensors"
-UNDECAYED = re.compile(r"(A_logs|Ds|_token)$")
+UNDECAYED = re.compile(r"(A_logs|Ds|_token|pos_embed)$")
 BLOCK = re.compile(r"^(?:.*?\.)?(?:blocks|layers?|stages|h)\.\d+(?:\.blocks\.\d+)?(?=\.)")
 
 Validate = Callable[[], dict[str, float]]
@@ -43,6 +51,7 @@ def fit(
     folder: Path,
     validate: Validate,
     *,
+    pictured: Batch | None = None,
     higher_is_better: bool = False,
     progress: bool = True,
 ) -> None:
@@ -53,24 +62,36 @@ def fit(
         images: training studies.
         folder: run folder; gets checkpoints/ and log.jsonl.
         validate: -> metric -> value, with "loss" among them.
+        pictured: studies that the task draws after each epoch, into pictures/ of the run folder.
         higher_is_better: of the metric that chooses the weights.
         progress: show a bar.
 
     Raises:
-        RunError: the loss is not finite, or a checkpoint cannot be written.
+        RunError: the loss or its gradients are not finite, with the studies that cause it; or a checkpoint cannot be
+            written.
     """
-    Fitter(task, images, folder, validate, higher_is_better, progress).run()
+    Fitter(task, images, folder, validate, pictured, higher_is_better, progress).run()
 
 
 class EpochBatches(Sampler[list[tuple[int, int]]]):
-    """Batches of (epoch, study) pairs, shuffled anew each epoch by (seed, epoch) alone.
+    """Batches of (epoch, study) pairs, shuffled anew each epoch by (seed, epoch) alone. Of a data set in shards the
+    parts come in random order, and studies are shuffled among as many parts as are at hand at a time.
 
     The studies of one step over all processes are those that one process with the whole batch would take; an
     incomplete last step is left out, its studies come in another epoch's order.
     """
 
-    def __init__(self, studies: int, training: TrainingSpec, seed: int, rank: int, world: int) -> None:
+    def __init__(
+        self,
+        studies: int,
+        training: TrainingSpec,
+        seed: int,
+        rank: int,
+        world: int,
+        locality: Locality | None = None,
+    ) -> None:
         self.studies, self.seed, self.rank = studies, seed, rank
+        self.locality = locality
         step = training.batch_size * world * training.accumulate
         if studies < step:
             if world > 1 or training.accumulate > 1 or not studies:
@@ -93,7 +114,12 @@ class EpochBatches(Sampler[list[tuple[int, int]]]):
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         generator = torch.Generator().manual_seed(seed_of(self.seed, self.epoch))
-        order = torch.randperm(self.studies, generator=generator).tolist()
+        shuffled = torch.randperm(self.studies, generator=generator)
+        order = shuffled.tolist()
+        if self.locality is not None:
+            parts, window = self.locality
+            places = torch.randperm(int(parts.max()) + 1, generator=generator).numpy()
+            order = np.lexsort((shuffled.numpy(), places[parts] // window)).tolist()
         for i in range(self.batches):
             start = i * self.whole + self.rank * self.batch
             yield [(self.epoch, study) for study in order[start : start + self.batch]]
@@ -144,6 +170,76 @@ class _Bar(TrainerCallback):
         self.bar.close()
 
 
+class WeightAverage(TrainerCallback):
+    """An exponential moving average of a task's trained parameters, in float32 on their devices.
+
+    After step n, from 0 on, its decay is min(decay, (1 + n) / (10 + n)), so that the first weights are soon forgotten.
+    Buffers, such as the statistics of batch norm, are the model's own.
+    """
+
+    def __init__(self, task: Task, decay: float) -> None:
+        self.decay = decay
+        named = {name: p for name, p in task.named_parameters() if p.requires_grad}
+        self.names, self.parameters = list(named), list(named.values())
+        self.averages = [p.detach().to(torch.float32, copy=True) for p in self.parameters]
+
+    @torch.no_grad()
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        n = state.global_step - 1
+        decay = min(self.decay, (1 + n) / (10 + n))
+        torch._foreach_lerp_(self.averages, [p.float() for p in self.parameters], 1 - decay)
+
+    @contextlib.contextmanager
+    def in_place(self) -> Iterator[None]:
+        """The task with averaged weights; its own come back in the end."""
+        own = [p.data for p in self.parameters]
+        try:
+            for parameter, average in zip(self.parameters, self.averages, strict=True):
+                parameter.data = average.to(parameter.dtype)
+            yield
+        finally:
+            for parameter, data in zip(self.parameters, own, strict=True):
+                parameter.data = data
+
+    def save(self, path: Path) -> None:
+        """Writes the averages as safetensors, by the names of their parameters."""
+        save_file(dict(zip(self.names, (a.cpu() for a in self.averages), strict=True)), path, metadata={"format": "pt"})
+
+    def load(self, path: Path) -> None:
+        """The inverse of `save`.
+
+        Raises:
+            RunError: the file is missing, damaged, or of other parameters.
+        """
+        try:
+            state = load_file(path)
+            for name, average in zip(self.names, self.averages, strict=True):
+                average.copy_(state[name])
+        except Exception as error:  # safetensors raises its own type
+            raise RunError(
+                f"averaged weights {path} cannot be read: {type(error).__name__}: {error}; "
+                "delete this checkpoint to go on from the one before it"
+            ) from error
+
+
+class _Step(NamedTuple):
+    """What is kept of an optimiser step until it is known that it was sound.
+
+    Attributes:
+        number: from 1 on.
+        epoch: of its studies.
+        study_ids: of this process.
+        loss: () its share of the loss.
+        unsound: () 0 where the loss and its gradients are finite on all processes.
+    """
+
+    number: int
+    epoch: int
+    study_ids: list[str]
+    loss: Tensor
+    unsound: Tensor
+
+
 class Fitter(Trainer):
     """transformers.Trainer for a `Task`."""
 
@@ -153,30 +249,36 @@ class Fitter(Trainer):
         images: StudyImages,
         folder: Path,
         validate: Validate,
+        pictured: Batch | None,
         higher_is_better: bool,
         progress: bool,
     ) -> None:
         transformers_logging.set_verbosity_error()
         self.task, self.images, self.folder, self.validate = task, images, folder, validate
         self.settings: TrainingSpec = task.spec.training
+        self.pictured, self.drawn_at = pictured, 0
         self.micro_step = 0
+        self.losses: list[Tensor] = []
+        self.study_ids: list[str] = []
+        self.unchecked: list[_Step] = []
         settings, world = self.settings, int(os.environ.get("WORLD_SIZE", "1"))
+        locality = images.locality if isinstance(images, StudyImages) and images.features is None else None
         self.batches = EpochBatches(
-            len(images), settings, task.spec.seed, int(os.environ.get("RANK", "0")), world
+            len(images), settings, task.spec.seed, int(os.environ.get("RANK", "0")), world, locality
         )
         per_epoch = max(1, len(self.batches) // settings.accumulate)
         self.steps_per_epoch = per_epoch
         self.steps = settings.steps or math.ceil((settings.epochs or 1) * per_epoch)
+        self.peak = settings.peak(world, task.repeats)
         cpu = not torch.cuda.is_available()
-        if settings.gradient_checkpointing:
-            _checkpoint_activations(task)
+        checkpoint_activations(task, settings.gradient_checkpointing)
         arguments = TrainingArguments(
             output_dir=str(folder / CHECKPOINTS),
             max_steps=self.steps,
             per_device_train_batch_size=settings.batch_size,
             gradient_accumulation_steps=settings.accumulate,
             max_grad_norm=settings.clip,
-            learning_rate=settings.learning_rate,
+            learning_rate=self.peak,
             bf16=settings.precision == "bf16",
             fp16=settings.precision == "fp16",
             torch_compile=settings.compile,
@@ -200,6 +302,9 @@ class Fitter(Trainer):
         self.remove_callback(PrinterCallback)
         self.model_accepts_loss_kwargs = True
         self.loss_is_scaled_for_ga = True
+        self.average = WeightAverage(task, settings.ema) if settings.ema is not None else None
+        if self.average is not None:
+            self.add_callback(self.average)
         self.add_callback(
             _Schedule(settings.log_steps, settings.evaluate_steps or per_epoch, settings.save_steps or per_epoch)
         )
@@ -258,9 +363,17 @@ class Fitter(Trainer):
         step = self.state.global_step
         if self.micro_step == 0:
             self.task.before_step(step, self.steps_per_epoch)
+            if self.settings.final_weight_decay is not None:
+                for group in self.optimizer.param_groups:
+                    if group["decays"]:
+                        group["weight_decay"] = weight_decay(self.settings, step, self.steps)
+            self.losses, self.study_ids = [], []
         torch.manual_seed(seed_of(self.task.spec.seed, step, self.micro_step, self.args.process_index))
         self.micro_step = (self.micro_step + 1) % self.current_gradient_accumulation_steps
-        return super().training_step(model, inputs, num_items_in_batch)
+        self.study_ids += inputs["batch"].study_ids
+        loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
+        self.losses.append(loss)
+        return loss
 
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -269,14 +382,96 @@ class Fitter(Trainer):
         loss = model(inputs["batch"], num_items_in_batch) * self.accelerator.num_processes
         return (loss, {}) if return_outputs else loss
 
+    @property
+    def deferred(self) -> bool:
+        """True where reading a number would make the host wait for the device: steps are then checked when the loss is
+        logged, and the optimiser itself passes over those that are unsound."""
+        return self.args.device.type == "cuda"
+
+    @property
+    def rescaled(self) -> bool:
+        """True where a scaler of fp16 makes gradients overflow now and then, and leaves such steps out."""
+        return getattr(self.accelerator, "scaler", None) is not None
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        # The last place before the optimiser's step.
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        loss = torch.stack(self.losses).sum()
+        finite = loss.isfinite()
+        if not self.rescaled:
+            finite = finite & torch.as_tensor(norm, device=loss.device).isfinite()
+        unsound = (~finite).float()
+        if self.args.world_size > 1:
+            unsound = self.accelerator.reduce(unsound, reduction="sum").clamp(max=1)
+        epoch = int(self.state.epoch or 0)
+        self.unchecked.append(_Step(self.state.global_step + 1, epoch, self.study_ids, loss, unsound))
+        if not self.deferred:
+            self._check_steps()
+        elif not self.rescaled:
+            optimizer: Any = getattr(self.optimizer, "optimizer", self.optimizer)
+            if all(group["fused"] for group in optimizer.param_groups):
+                optimizer.found_inf = unsound
+        return norm
+
+    def _check_steps(self) -> None:
+        """Raises RunError for the first step that was unsound since the last check."""
+        steps, self.unchecked = self.unchecked, []
+        if not steps:
+            return
+        unsound = torch.stack([step.unsound for step in steps]).tolist()
+        for step, wrong in zip(steps, unsound, strict=True):
+            if wrong:
+                raise RunError(self._unsound(step))
+
+    def _unsound(self, step: _Step) -> str:
+        """What is wrong with a step, which studies cause it, and what to do."""
+        names, guilty = step.study_ids, self._causes(step)
+        loss = float(step.loss)
+        if self.args.world_size > 1:
+            found: list[Any] = [None] * self.args.world_size
+            torch.distributed.all_gather_object(found, (names, guilty, loss))
+            names, guilty = ([name for part in found for name in part[i]] for i in (0, 1))
+            loss = sum(part[2] for part in found)
+        what = "the gradients are not finite" if math.isfinite(loss) else f"the training loss is {loss}"
+        kept = newest_checkpoint(self.folder)
+        if guilty:
+            who = f"it comes from {'studies' if len(guilty) > 1 else 'study'} {_some(guilty)}"
+            cure = "look at the images and leave the study out if they are wrong; else lower the learning rate"
+        else:
+            who = f"none of its {len(names)} studies was found to cause it alone: {_some(names)}"
+            cure = "lower the learning rate, or use training.precision fp32"
+        state = f"the checkpoint of step {_step_of(kept)} is kept" if kept else "there is no checkpoint yet"
+        return f"{what} at step {step.number} of {self.steps}; {who}; {state}. To go on, {cure}, and fit again"
+
+    def _causes(self, step: _Step) -> list[str]:
+        """The studies of a step whose own loss or gradients are not finite."""
+        rows = {name: row for row, name in enumerate(self.images.study_ids)}
+        parameters = [p for p in self.task.parameters() if p.requires_grad]
+        guilty = []
+        for name in dict.fromkeys(step.study_ids):
+            # Twice, because a batch norm that trains takes no batch of one.
+            batch = self.images.collate([self.images[step.epoch, rows[name]]] * 2).to(self.args.device)
+            torch.manual_seed(seed_of(self.task.spec.seed, step.number - 1))
+            with torch.enable_grad(), self.compute_loss_context_manager():
+                loss = self.task(batch)
+            sound = bool(loss.isfinite())
+            if sound and not self.rescaled:
+                gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+                sound = all(bool(g.isfinite().all()) for g in gradients if g is not None)
+            if not sound:
+                guilty.append(name)
+        return guilty
+
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW over groups by rate, depth and decay."""
         self.optimizer: Any
         if self.optimizer is None:
             self.optimizer = torch.optim.AdamW(
-                parameter_groups(self.task, self.settings),
-                lr=self.settings.learning_rate,
+                parameter_groups(self.task, self.settings, self.peak),
+                lr=self.peak,
                 betas=(self.settings.betas[0], self.settings.betas[1]),
+                # The fused one can pass over a step by a flag on the device.
+                fused=True if self.deferred and not self.rescaled else None,
             )
         return self.optimizer
 
@@ -285,17 +480,14 @@ class Fitter(Trainer):
         self.lr_scheduler: Any
         if self.lr_scheduler is None:
             self.lr_scheduler = LambdaLR(
-                optimizer or self.optimizer, rate_factor(self.settings, num_training_steps)
+                optimizer or self.optimizer, rate_factor(self.settings, num_training_steps, self.peak)
             )
             self._created_lr_scheduler = True
         return self.lr_scheduler
 
     def _evaluate(self, trial: Any, ignore_keys_for_eval: Any, skip_scheduler: bool = False) -> dict[str, float]:
-        # Uninterrupted and resumed runs must leave the same generator state to what follows.
-        with torch.random.fork_rng(devices=[]):
-            self.task.eval()
+        with self._judged():
             metrics = {f"eval_{name}": value for name, value in self.validate().items()}
-            self.task.train()
         self.log(dict(metrics))
         if f"eval_{self.settings.select}" not in metrics:
             raise SpecError(
@@ -304,11 +496,44 @@ class Fitter(Trainer):
             )
         return metrics
 
+    @contextlib.contextmanager
+    def _judged(self) -> Iterator[None]:
+        """The task as it would be kept if the fit ended here."""
+        # Uninterrupted and resumed runs must leave the same generator state to what follows.
+        with torch.random.fork_rng(devices=[]), self._averaged():
+            self.task.eval()
+            yield
+            self.task.train()
+
+    def _averaged(self) -> contextlib.AbstractContextManager[None]:
+        return self.average.in_place() if self.average is not None else contextlib.nullcontext()
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        # Before a checkpoint is made, so that a run that goes on from it has every picture.
+        step = self.state.global_step
+        if step != self.drawn_at and (step % self.steps_per_epoch == 0 or step >= self.steps):
+            self.drawn_at = step
+            self._draw(f"step-{step:08d}")
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+
+    def _draw(self, name: str) -> None:
+        if self.pictured is None or not self.is_world_process_zero():
+            return
+        with self._judged(), torch.no_grad():
+            try:
+                self.task.pictures(self.pictured.to(self.args.device), self.folder / PICTURES, name)
+            except OSError as error:
+                warnings.warn(
+                    f"pictures of {name} could not be written to {self.folder / PICTURES}: {error.strerror or error}; "
+                    "the fit goes on",
+                    stacklevel=2,
+                )
+
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         best: bool = super()._determine_best_metric(metrics, trial)
         if (best or self.state.best_global_step is None) and self.is_world_process_zero():
             target = self.folder / CHECKPOINTS / BEST
-            with _disk(target):
+            with _disk(target), self._averaged():
                 save_trained(self.task, target)
         return best
 
@@ -316,12 +541,10 @@ class Fitter(Trainer):
         """A line in log.jsonl: step, epoch and values; never a time, so that equal runs have equal logs."""
         if "train_runtime" in logs:
             return
-        loss = logs.get("loss")
-        if loss is not None and not math.isfinite(loss):
-            raise RunError(
-                f"the training loss is {loss} at step {self.state.global_step}; the last checkpoint is kept. "
-                "Lower training.learning_rate, or use precision fp32"
-            )
+        if "loss" in logs:
+            self._check_steps()
+            if self.settings.final_weight_decay is not None:
+                logs["weight_decay"] = weight_decay(self.settings, self.state.global_step - 1, self.steps)
         super().log(logs)
         if self.is_world_process_zero():
             row = {"step": self.state.global_step, **logs}
@@ -340,6 +563,8 @@ class Fitter(Trainer):
                 try:
                     staged.mkdir(parents=True)
                     save_trained(self.task, staged / "model.safetensors")
+                    if self.average is not None:
+                        self.average.save(staged / AVERAGES)
                     torch.save(self.optimizer.state_dict(), staged / "optimizer.pt")
                     torch.save(self.lr_scheduler.state_dict(), staged / "scheduler.pt")
                     self.state.save_to_json(str(staged / "trainer_state.json"))
@@ -358,6 +583,8 @@ class Fitter(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         load_trained(self.task, Path(resume_from_checkpoint) / "model.safetensors")
+        if self.average is not None:
+            self.average.load(Path(resume_from_checkpoint) / AVERAGES)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """Nothing to restore: every step seeds itself."""
@@ -426,15 +653,16 @@ def newest_checkpoint(folder: Path) -> Path | None:
     return found[-1] if found else None
 
 
-def parameter_groups(task: Task, settings: TrainingSpec) -> list[dict[str, Any]]:
+def parameter_groups(task: Task, settings: TrainingSpec, peak: float) -> list[dict[str, Any]]:
     """Trained parameters by (rate, decay). The encoder's blocks get smaller rates the further from its output."""
+    scheduled = settings.final_weight_decay is not None
     encoder = [name for name, _ in task.encoder.named_parameters()]
     blocks = list(dict.fromkeys(m[0] for name in encoder if (m := BLOCK.match(name))))
-    groups: dict[tuple[float, float], dict[str, Any]] = {}
+    groups: dict[tuple[float, bool], dict[str, Any]] = {}
     reached = False
     for name, parameter in task.named_parameters():
         part, _, rest = name.partition(".")
-        rate = settings.rates.get(part, settings.learning_rate)
+        rate = settings.rates.get(part, peak)
         if part == "encoder":
             match = BLOCK.match(rest)
             reached = reached or match is not None
@@ -442,8 +670,11 @@ def parameter_groups(task: Task, settings: TrainingSpec) -> list[dict[str, Any]]
             rate *= settings.layer_decay ** (len(blocks) + 1 - depth)
         if not parameter.requires_grad:
             continue
-        decay = 0.0 if parameter.ndim <= 1 or UNDECAYED.search(name) else settings.weight_decay
-        group = groups.setdefault((rate, decay), {"params": [], "lr": rate, "weight_decay": decay})
+        decays = (scheduled or settings.weight_decay > 0) and parameter.ndim > 1 and not UNDECAYED.search(name)
+        decay = settings.weight_decay if decays else 0.0
+        group = groups.setdefault(
+            (rate, decays), {"params": [], "lr": rate, "weight_decay": decay, "decays": decays}
+        )
         group["params"].append(parameter)
     unknown = set(settings.rates) - {name.partition(".")[0] for name, _ in task.named_parameters()}
     if unknown:
@@ -454,10 +685,18 @@ def parameter_groups(task: Task, settings: TrainingSpec) -> list[dict[str, Any]]
     return list(groups.values())
 
 
-def rate_factor(settings: TrainingSpec, steps: int) -> Callable[[int], float]:
+def weight_decay(settings: TrainingSpec, step: int, steps: int) -> float:
+    """Of a step, from 0 on: from `weight_decay` to `final_weight_decay` along half a cosine over the steps."""
+    if settings.final_weight_decay is None:
+        return settings.weight_decay
+    rest = 0.5 * (1 + math.cos(math.pi * step / max(1, steps)))
+    return settings.final_weight_decay + (settings.weight_decay - settings.final_weight_decay) * rest
+
+
+def rate_factor(settings: TrainingSpec, steps: int, peak: float) -> Callable[[int], float]:
     """Step -> factor on the peak rate."""
     warmup = round(settings.warmup * steps)
-    floor = settings.min_learning_rate / settings.learning_rate if settings.learning_rate else 0.0
+    floor = settings.min_learning_rate / peak if peak else 0.0
 
     def factor(step: int) -> float:
         if step < warmup:
@@ -471,15 +710,24 @@ def rate_factor(settings: TrainingSpec, steps: int) -> Callable[[int], float]:
     return factor
 
 
+def _some(names: Sequence[str], most: int = 8) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
 def _reporters() -> list[str]:
     wandb = importlib.util.find_spec("wandb") is not None
     return ["wandb"] if wandb and (os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_MODE")) else []
 
 
-def _checkpoint_activations(task: Task) -> None:
+def checkpoint_activations(task: nn.Module, what: bool | str) -> None:
+    """Makes a task recompute activations: True whole blocks, "mlp" what stands between the layers of their MLPs."""
     module: Any
-    for module in task.modules():
-        if hasattr(module, "activation_checkpointing_enable"):  # transformers' newer name
+    for module in task.modules() if what else ():
+        if what == "mlp":
+            if isinstance(module, MLP):
+                module.recompute = True
+        elif hasattr(module, "activation_checkpointing_enable"):  # transformers' newer name
             module.activation_checkpointing_enable({"use_reentrant": False})
         elif hasattr(module, "gradient_checkpointing_enable"):
             module.gradient_checkpointing_enable({"use_reentrant": False})

@@ -18,9 +18,10 @@ def small(**settings: Any) -> ViT:
 
 
 EVERYTHING = {"positions": "rope", "registers": 4, "layer_scale": 0.1}
+LEARNED = {"positions": "learned", "position_grid": [2, 5]}
 
 
-@pytest.mark.parametrize("settings", [{}, EVERYTHING], ids=["plain", "everything"])
+@pytest.mark.parametrize("settings", [{}, EVERYTHING, LEARNED], ids=["plain", "everything", "learned"])
 @pytest.mark.parametrize("patch", [8, 14, 16, 32, 64])
 def test_any_patch_and_grid(settings: dict[str, Any], patch: int) -> None:
     features = small(patch=patch, channels=3, **settings)(torch.randn(2, 3, 2 * patch, 3 * patch))
@@ -29,7 +30,7 @@ def test_any_patch_and_grid(settings: dict[str, Any], patch: int) -> None:
         small(patch=patch)(torch.zeros(1, 1, 2 * patch + 1, patch))
 
 
-@pytest.mark.parametrize("settings", [{}, EVERYTHING], ids=["plain", "everything"])
+@pytest.mark.parametrize("settings", [{}, EVERYTHING, LEARNED], ids=["plain", "everything", "learned"])
 def test_a_subset_knows_its_places(settings: dict[str, Any]) -> None:
     """Tokens that are kept are encoded as if the others had never been, whatever their order."""
     encoder = small(**settings)
@@ -45,8 +46,8 @@ def test_a_subset_knows_its_places(settings: dict[str, Any]) -> None:
     torch.testing.assert_close(again[:, 1:].flip(1), first[:, 1:], rtol=1e-4, atol=1e-5)
     every = torch.arange(12).expand(2, -1)
     torch.testing.assert_close(kept(every), encoder.encode(tokens, (3, 4)))
-    # At other places the same tokens are something else.
-    if settings:
+    # At other places the same tokens are something else, where encoding knows the places.
+    if settings == EVERYTHING:
         others = encoder.encode(tokens.gather(1, keep[..., None].expand(-1, -1, 48)), (3, 4), (keep * 5 + 1) % 12)
         assert (others - first).abs().max() > 1e-4
     assert kept(keep[:, :1]).shape == (2, 2, 48)
@@ -130,6 +131,59 @@ class TestRope:
     def test_heads_that_do_not_fit(self) -> None:
         with pytest.raises(ValueError, match=r"rope needs width / heads divisible by 4, found 36 / 6"):
             small(width=36, heads=6, positions="rope")
+
+
+class TestPositionGrid:
+    def test_sincos_at_places_between(self) -> None:
+        """A grid of twice as many tokens lies over the same image: two of its tokens about each of the old one's."""
+        device = torch.device("cpu")
+        angle = lambda place: place * 10000 ** (-torch.arange(4) / 4)  # noqa: E731
+        table = sincos_positions(16, 6, 4, device, (3, 8)).view(6, 4, 16)
+        assert table.dtype == torch.float32
+        for row, column in ((0, 0), (5, 3), (2, 1)):
+            x, y = angle((column + 0.5) * 2 - 0.5), angle((row + 0.5) / 2 - 0.5)
+            expected = torch.cat([x.sin(), x.cos(), y.sin(), y.cos()])
+            torch.testing.assert_close(table[row, column], expected, rtol=1e-5, atol=1e-5)
+        # At the grid's own size nothing changes, to the bit.
+        for h, w in ((14, 14), (5, 9), (80, 80)):
+            assert torch.equal(sincos_positions(32, h, w, device, (h, w)), sincos_positions(32, h, w, device))
+            assert torch.equal(rotary_positions(16, h, w, device, (h, w)), rotary_positions(16, h, w, device))
+        wide = rotary_positions(16, 6, 4, device, (3, 8)).view(6, 4, 8)
+        places = torch.tensor([2.5, 0.25])[:, None] * 100 ** (-torch.arange(4) / 4)
+        torch.testing.assert_close(wide[1, 1], places.flatten())
+
+    @pytest.mark.parametrize("positions", ["sincos", "rope"])
+    def test_the_setting(self, positions: str) -> None:
+        images = torch.randn(1, 1, 32, 64)
+        plain, same, other = (small(positions=positions, position_grid=grid) for grid in (None, [2, 4], 3))
+        assert torch.equal(plain(images).tokens, same(images).tokens)
+        assert (plain(images).tokens - other(images).tokens).abs().max() > 1e-3
+        assert other.position_grid == (3, 3)
+        with pytest.raises(ValueError, match=r"position_grid must be a number or \[rows, columns\], found \[1, 2, 3\]"):
+            small(position_grid=[1, 2, 3])
+
+    def test_learned(self) -> None:
+        encoder, images = small(positions="learned", position_grid=[2, 3], registers=1), torch.randn(2, 1, 32, 48)
+        table = encoder.pos_embed
+        assert table is not None and table.shape == (1, 7, 48) and table.std() > 0.01
+        assert small(positions="learned").pos_embed.shape == (1, 1 + 14 * 14, 48)
+        with torch.no_grad():
+            tokens = encoder.patch_embed(images)
+            assert torch.equal(encoder.embed(images), tokens + table[:, 1:])
+            before = encoder.encode(tokens, (2, 3))
+            bump = torch.randn(48)
+            table[:, 0] += bump
+            moved = encoder.encode(tokens, (2, 3)) - before
+            assert moved[:, 0].abs().max() > 1e-2
+            # Nothing but the class token was moved: its own place is no register's.
+            table[:, 0] -= bump
+            encoder.cls_token += bump
+            torch.testing.assert_close(encoder.encode(tokens, (2, 3)) - before, moved, rtol=0, atol=1e-5)
+            # A constant table stays constant on any grid.
+            table[:, 1:] = 0.5
+            for size in ((16, 16), (64, 80)):
+                other = torch.randn(1, 1, *size)
+                torch.testing.assert_close(encoder.embed(other), encoder.patch_embed(other) + 0.5)
 
 
 class TestRegistersAndScale:

@@ -5,7 +5,15 @@ import torch
 
 from medxray import maskers
 from medxray.pretrain import Masking
-from medxray.pretrain.maskers import RandomMasker, RectangleMasker, kept_of, uniform_noise
+from medxray.pretrain.maskers import (
+    ContourMasker,
+    CurriculumMasker,
+    RandomMasker,
+    RectangleMasker,
+    kept_of,
+    release_rectangle,
+    uniform_noise,
+)
 from medxray.types import SpecError
 
 GRIDS = [(8, 8), (5, 9), (1, 1), (2, 1), (1, 13), (20, 7)]
@@ -47,9 +55,12 @@ def test_masking_is_consistent(name: str, grid: tuple[int, int]) -> None:
 @pytest.mark.parametrize("unit", [1, 2, 4])
 def test_counts_are_exact(name: str, grid: tuple[int, int], ratio: float, unit: int) -> None:
     n = grid[0] * grid[1]
-    masking = maskers.get(name)(ratio=ratio, mask_unit=unit)(None, 2, grid, torch.tensor([1, 2]))
-    assert_consistent(masking, 2, n)
-    assert masking.keep.shape[1] == max(1, kept_of(n, ratio))
+    masker = maskers.get(name)(ratio=ratio, mask_unit=unit)
+    expected = round(n * (1 - ratio)) if masker.regional else kept_of(n, ratio)
+    for regions in (None, torch.rand(2, *grid)):
+        masking = masker(regions, 2, grid, torch.tensor([1, 2]))
+        assert_consistent(masking, 2, n)
+        assert masking.keep.shape[1] == max(1, expected)
 
 
 @pytest.mark.parametrize("name", RANKED)
@@ -62,7 +73,8 @@ def test_units_stay_whole(name: str) -> None:
 @pytest.mark.parametrize("name", RANKED)
 def test_no_place_is_never_seen(name: str) -> None:
     """Over many seeds every token is visible in some and masked in others."""
-    share = maskers.get(name)(ratio=0.75)(None, 2000, (10, 12), torch.arange(2000)).mask.mean(0)
+    nowhere = torch.zeros(2000, 10, 12)
+    share = maskers.get(name)(ratio=0.75)(nowhere, 2000, (10, 12), torch.arange(2000)).mask.mean(0)
     assert share.min() > 0.55 and share.max() < 0.9
 
 
@@ -150,9 +162,70 @@ def test_noise_decides() -> None:
     assert masking.mask.tolist() == [[1, 0, 1, 0]]
 
 
+def test_contour_meets_its_two_ratios() -> None:
+    """Grid 80 x 80, the chest two fifths of it: 704 tokens stay, 5.25 % of the chest and 14.8 % of the rest."""
+    chest = torch.zeros(64, 80, 80)
+    chest[:, 10:74, 20:60] = 1
+    masker = ContourMasker()
+    masking = masker(chest, 64, (80, 80), torch.arange(64))
+    assert masking.keep.shape[1] == 704
+    kept, inside = 1 - masking.mask, chest.flatten(1).bool()
+    assert kept[inside].mean() == pytest.approx(0.0525, abs=0.002)
+    assert kept[~inside].mean() == pytest.approx(0.148, abs=0.002)
+    # Tokens of the edge lie between: half covered, half the way.
+    half = masker(chest / 2, 64, (80, 80), torch.arange(64)).mask[inside].mean()
+    assert 0.87 < half < 0.95
+    # An image's mask hangs on its own region and seed alone.
+    alone = masker(chest[3:4], 1, (80, 80), torch.tensor([3]))
+    assert torch.equal(alone.keep[0], masking.keep[3])
+    # Draws are those of sampling without replacement: a token of twice the weight comes first twice as often.
+    first = ContourMasker(inner=0.5, outer=0.0, ratio=0.75)(
+        torch.tensor([0.0, 1.0, 1.0, 1.0]).view(1, 2, 2).expand(4000, -1, -1), 4000, (2, 2), torch.arange(4000)
+    )
+    assert (first.keep[:, 0] == 0).float().mean() == pytest.approx(1 / 2.5, abs=0.03)
+
+
+def test_contour_without_regions_takes_the_rectangle() -> None:
+    seeds = torch.arange(16)
+    regions = release_rectangle((20, 20)).float().expand(16, -1, -1)
+    assert torch.equal(ContourMasker()(None, 16, (20, 20), seeds).keep, ContourMasker()(regions, 16, (20, 20), seeds).keep)
+
+
+def test_units_of_the_contour_are_means_over_the_grid() -> None:
+    """Grid 5 x 5 in units of 2: the unit in the corner is one token."""
+    chest = torch.zeros(500, 5, 5)
+    chest[:, 4, 4] = 1
+    kept = 1 - ContourMasker(inner=0.99, outer=0.0, ratio=0.5, mask_unit=2)(chest, 500, (5, 5), torch.arange(500)).mask
+    assert kept[:, 24].mean() < 0.05 < 0.3 < kept[:, :24].mean()
+
+
+def test_curriculum_goes_from_random_to_contour() -> None:
+    chest = torch.zeros(300, 16, 16)
+    chest[:, 4:12, 4:14] = 1
+    inside, seeds = chest.flatten(1).bool(), torch.arange(300)
+    masker = CurriculumMasker(inner=0.9, outer=0.6, ratio=0.75, begin=0.2, end=0.6)
+    shares = []
+    for masker.progress in (0.0, 0.2, 0.4, 0.6, 1.0):
+        masking = masker(chest, 300, (16, 16), seeds)
+        assert masking.keep.shape[1] == 64
+        shares.append(float(masking.mask[inside].mean()))
+    assert shares[:2] == [pytest.approx(0.75, abs=0.01)] * 2 and shares[3] == shares[4]
+    assert shares[1] + 0.03 < shares[2] < shares[3] - 0.03
+    contour = ContourMasker(inner=0.9, outer=0.6, ratio=0.75)(chest, 300, (16, 16), seeds)
+    assert torch.equal(masking.keep, contour.keep)
+
+
+@pytest.mark.parametrize("settings", [{"inner": 1.0}, {"outer": -0.1}, {"ratio": 1.0}, {"mask_unit": 0}])
+def test_contour_refuses_what_is_no_share(settings: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match=next(iter(settings))):
+        ContourMasker(**settings)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="begin and end"):
+        CurriculumMasker(begin=0.6, end=0.5)
+
+
 def test_rectangle_of_the_release() -> None:
     """Grid 20 x 20: rows 6 to 15, columns 3 to 15, 6 of 130 tokens and 40 of 270 kept."""
-    inside = RectangleMasker().inside((20, 20)).view(20, 20)
+    inside = release_rectangle((20, 20))
     rows, columns = inside.nonzero(as_tuple=True)
     assert (rows.min(), rows.max(), columns.min(), columns.max()) == (6, 15, 3, 15)
     assert inside.sum() == 130
@@ -165,7 +238,7 @@ def test_rectangle_of_the_release() -> None:
 
 
 def test_rectangle_takes_its_rows_from_the_height() -> None:
-    inside = RectangleMasker().inside((4, 16)).view(4, 16)
+    inside = release_rectangle((4, 16))
     rows, columns = inside.nonzero(as_tuple=True)
     assert (rows.min(), rows.max(), columns.min(), columns.max()) == (2, 3, 3, 12)
 

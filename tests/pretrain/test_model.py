@@ -1,5 +1,7 @@
 """The masked auto-encoder around any part: loss, patches, pasting, seeds, learning."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
@@ -9,12 +11,13 @@ from medxray.encoders import ENCODERS
 from medxray.encoders.vit import ViT
 from medxray.layers import sincos_positions
 from medxray.pretrain import PIXEL_DECODERS
-from medxray.pretrain.decoders import CrossAttentionDecoder, SelfAttentionDecoder
+from medxray.pretrain.decoders import CrossAttentionDecoder, LinearDecoder, SelfAttentionDecoder
 from medxray.pretrain.maskers import RandomMasker, RectangleMasker
 from medxray.pretrain.model import MaskedAutoEncoder
+from medxray.training import checkpoint_activations
 from medxray.types import SpecError
 
-DECODERS = {"self": SelfAttentionDecoder, "cross": CrossAttentionDecoder}
+DECODERS = {"self": SelfAttentionDecoder, "cross": CrossAttentionDecoder, "linear": LinearDecoder}
 
 
 def model(
@@ -22,7 +25,7 @@ def model(
 ) -> MaskedAutoEncoder:
     torch.manual_seed(0)
     encoder = ViT(width=32, depth=2, heads=2, patch=8, channels=channels)
-    made = DECODERS[decoder](encoder, dim=16, depth=1, heads=2)
+    made = LinearDecoder(encoder) if decoder == "linear" else DECODERS[decoder](encoder, dim=16, depth=1, heads=2)
     return MaskedAutoEncoder(encoder, RandomMasker(ratio), made, channels, normalize, predicted=predicted)
 
 
@@ -48,7 +51,7 @@ def test_loss_is_the_mean_over_masked_patches_of_each_image(normalize: bool, dec
     images = images_like(3, 1, 32, 48)
     output = mae(images, generator=torch.arange(3))
     assert output.loss.shape == (3,) and output.prediction.shape == (3, 18, 64)
-    assert output.latent.shape == (3, 1 + 6, 32)
+    assert output.latent.shape == (3, 1 + (24 if decoder == "linear" else 6), 32)
     for i in range(3):
         assert torch.equal(output.targets[i], output.masking.mask[i].nonzero()[:, 0])
         target = mae.patchify(images)[i, output.targets[i]]
@@ -201,3 +204,72 @@ def test_everything_learns(decoder: str) -> None:
 def test_an_image_that_patches_do_not_fill_is_refused() -> None:
     with pytest.raises(SpecError, match=r"30 x 32 is not a multiple of encoder.patch 8"):
         model()(torch.zeros(1, 1, 30, 32))
+
+
+@pytest.mark.parametrize("stem", ["linear", "hd", "convolutions"])
+@pytest.mark.parametrize("positions", ["sincos", "learned", "rope"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_visible_tokens_are_those_of_the_whole_image(stem: str, positions: str, channels: int) -> None:
+    torch.manual_seed(0)
+    patch = 32 if stem == "hd" else 8
+    encoder = ViT(
+        width=32, depth=1, heads=2, patch=patch, stem=stem, positions=positions, channels=channels  # type: ignore[arg-type]
+    ).eval()
+    images = images_like(2, channels, 3 * patch, 4 * patch)
+    keep = torch.tensor([[11, 0, 5], [2, 3, 7]])
+    expected = encoder.embed(images).gather(1, keep[..., None].expand(-1, -1, 32))
+    torch.testing.assert_close(encoder.embed_visible(images, keep), expected, rtol=1e-4, atol=1e-5)
+
+
+def kept_for_backward(run: Callable[[], Tensor]) -> tuple[Tensor, int]:
+    """What a pass gives, and how many numbers it keeps for the backward pass."""
+    kept: list[int] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        result = run()
+    return result, sum(kept)
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_recomputing_mlps_changes_nothing_but_memory(decoder: str) -> None:
+    images, found = images_like(2, 1, 32, 32), []
+    for what in (False, "mlp"):
+        mae = model(decoder=decoder).train()
+        checkpoint_activations(mae, what)
+        loss, kept = kept_for_backward(lambda mae=mae: mae(images, generator=torch.arange(2)).loss.mean())
+        loss.backward()
+        found.append((loss, {key: p.grad for key, p in mae.named_parameters()}, kept))
+    assert torch.equal(found[0][0], found[1][0])
+    torch.testing.assert_close(found[1][1], found[0][1], rtol=1e-5, atol=1e-8)
+    assert found[1][2] < 0.75 * found[0][2]
+
+
+def test_a_chest_counts_as_often_as_it_is_told() -> None:
+    mae = model()
+    mae.chest_weight = 3.0
+    images = images_like(2, 1, 32, 32)
+    regions = torch.rand(2, 4, 4, generator=torch.Generator().manual_seed(1))
+    output = mae(images, regions, generator=torch.arange(2))
+    wanted = mae.patchify(images).gather(1, output.targets[..., None].expand(-1, -1, 64))
+    errors = (output.prediction - wanted).square().mean(-1)
+    weights = 1 + 2 * regions.flatten(1).gather(1, output.targets)
+    torch.testing.assert_close(output.loss, (errors * weights).sum(1) / weights.sum(1))
+    mae.chest_weight = 1.0
+    torch.testing.assert_close(mae(images, regions, generator=torch.arange(2)).loss, errors.mean(1))
+
+
+def test_linear_is_simmim() -> None:
+    """The encoder sees the whole grid, with the learned pixels in place of masked patches; one linear layer follows."""
+    mae = model(decoder="linear")
+    images = images_like(2, 1, 32, 32)
+    output = mae(images, generator=torch.arange(2))
+    patches, blank = mae.patchify(images), mae.decoder.mask_patch
+    assert blank is not None and output.latent.shape[1] == 17
+    seen = mae.unpatchify(torch.where(output.masking.mask[..., None] > 0, blank, patches), (32, 32))
+    tokens = mae.encoder.encode(mae.encoder.embed(seen), (4, 4))[:, 1:]
+    expected = mae.decoder.decoder_pred(tokens).gather(1, output.targets[..., None].expand(-1, -1, 64))  # type: ignore[operator]
+    torch.testing.assert_close(output.prediction, expected, rtol=1e-4, atol=1e-5)

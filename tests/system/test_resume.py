@@ -129,3 +129,77 @@ def test_a_full_disk_while_saving_keeps_the_former_checkpoint(
     build(spec).fit(progress=False)
     whole = build({**spec, "output": str(tmp_path / "whole")}).fit(progress=False)
     assert (whole.folder / "model.safetensors").read_bytes() == (tmp_path / "run" / "model.safetensors").read_bytes()
+
+
+STREAM = {
+    "task": "pretrain",
+    "seed": 5,
+    "data": {"image_size": 32, "crop": 0.7, "workers": 2, "decode": "reduced"},
+    "encoder": {"name": "vit", "width": 16, "depth": 1, "heads": 2, "patch": 8},
+    "masker": {"name": "random"},
+    "pixel_decoder": {"name": "cross-attention", "dim": 16, "depth": 1, "heads": 2},
+    # 16 steps an epoch.
+    "training": {
+        "steps": 40, "batch_size": 4, "learning_rate": 1e-2, "log_steps": 3, "evaluate_steps": 20, "save_steps": 5,
+        "validation_studies": 4,
+    },
+}  # fmt: skip
+
+STREAM_DRIVER = """
+import json, os, signal, sys
+import medxray, torch
+from medxray.pipeline import build
+from medxray.training import Fitter
+
+spec, folder = json.load(open(sys.argv[1])), sys.argv[2]
+
+def attempt(output, workers, kill_at=None):
+    child = os.fork()
+    if child:
+        return os.waitpid(child, 0)[1]
+    torch.set_num_threads(1)
+    step = Fitter.training_step
+    def training_step(self, *arguments, **named):
+        if self.state.global_step == kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return step(self, *arguments, **named)
+    Fitter.training_step = training_step
+    build({**spec, "output": folder + "/" + output}, [f"data.workers={workers}"]).fit(progress=False)
+    os._exit(0)
+
+assert attempt("unbroken", 2) == 0
+assert attempt("alone", 0) == 0
+for output, workers in (("same", (2, 2, 2)), ("other", (2, 0, 1))):
+    for number, kill_at in zip(workers, (12, 27, None)):
+        assert (attempt(output, number, kill_at) != 0) == (kill_at is not None)
+"""
+
+
+def test_killed_in_mid_epoch_on_a_stream_with_workers(tmp_path: Path, phantom: Path) -> None:
+    import csv
+
+    import pyarrow
+    from pyarrow import parquet
+
+    with (phantom / "studies.csv").open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["view"] != "LL"]
+    columns = {key: [row[key] for row in rows] for key in ("study_id", "patient_id", "view", "split")}
+    columns["image"] = [(phantom / row["path"]).read_bytes() for row in rows]
+    table = pyarrow.table(columns)
+    (tmp_path / "data").mkdir()
+    for i in range(2):
+        part = table.slice(i * len(table) // 2, len(table) // 2)
+        parquet.write_table(part, tmp_path / "data" / f"{i}.parquet", row_group_size=7)
+    spec = json.loads(json.dumps(STREAM))
+    spec["data"]["reader"] = {"name": "parquet", "root": str(tmp_path / "data")}
+    (tmp_path / "spec.json").write_text(json.dumps(spec))
+    (tmp_path / "driver.py").write_text(textwrap.dedent(STREAM_DRIVER))
+    done = subprocess.run(
+        [sys.executable, str(tmp_path / "driver.py"), str(tmp_path / "spec.json"), str(tmp_path)],
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    for run in ("alone", "same", "other"):
+        for name in ("model.safetensors", "log.jsonl"):
+            same = (tmp_path / run / name).read_bytes() == (tmp_path / "unbroken" / name).read_bytes()
+            assert same, f"{run}/{name} differs from the unbroken run's\n{done.stdout}"

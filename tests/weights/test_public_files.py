@@ -50,7 +50,7 @@ def test_files_of_mae(tmp_path: Path, positions: Tensor) -> None:
 )
 def test_learned_positions_are_not_lost_in_silence(tmp_path: Path, positions: Tensor) -> None:
     save(tmp_path / "timm.pth", pos_embed=positions)
-    with pytest.raises(WeightsError, match=r"timm\.pth: pos_embed .* holds learned positions.*name: timm"):
+    with pytest.raises(WeightsError, match=r"timm\.pth: pos_embed .* holds learned positions.*set encoder.positions: learned"):
         load_encoder(vit(), str(tmp_path / "timm.pth"))
 
 

@@ -9,15 +9,18 @@ What is white:
 * Floats must lie in [0, 1] already.
 """
 
+import io
 import struct
 import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL.Jpeg2KImagePlugin import Jpeg2KImageFile
+from PIL.JpegImagePlugin import JpegImageFile
 
 from medxray.types import ImageError
 
@@ -32,48 +35,67 @@ _ORIENTATION = 0x0112
 _DEFLATED = "1.2.840.10008.1.2.1.99"
 
 
-def read_image(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> NDArray[np.float32]:
+def read_image(
+    source: str | Path | bytes,
+    *,
+    max_pixels: int = MAX_PIXELS,
+    at_least: tuple[int, int] | None = None,
+    name: str = "image in memory",
+) -> NDArray[np.float32]:
     """A radiograph as (1, H, W) float32 in [0, 1]; colour becomes luma, alpha is ignored.
 
     DICOM is known by its content, not its name: modality LUT or rescale, then VOI LUT or window (the first),
     then inversion of MONOCHROME1 (PS3.3 C.11).
 
     Args:
-        path: file.
+        source: a file, or what it holds.
         max_pixels: an image with more is refused before it is decoded.
+        at_least: (h, w) that are needed. JPEG is then decoded at 1/2, 1/4 or 1/8 of its sides, and JPEG 2000 at
+            1/2**k, where that is not smaller; other formats whole. What is left out differs little from an
+            antialiased resize; that of JPEG 2000 lies up to half a pixel to the upper left.
+        name: of an image given as bytes, for messages.
 
     Raises:
         ImageError: the file is missing, empty, damaged, not an image, too large, has several frames, or is a
             DICOM file without pixels.
     """
-    path = Path(path)
+    if isinstance(source, bytes):
+        return _read(io.BytesIO(source), name, max_pixels, at_least)
+    path = Path(source)
     try:
         with path.open("rb") as file:
-            head = file.read(144)
+            return _read(file, str(path), max_pixels, at_least)
     except FileNotFoundError:
         raise ImageError(f"{path}: no such file; expected {EXPECTED}; check the path and data.reader.root") from None
     except OSError as error:
         raise ImageError(
             f"{path}: cannot be opened ({error.strerror}); expected {EXPECTED}; check its kind and rights"
         ) from None
+
+
+def _read(file: BinaryIO, name: str, max_pixels: int, at_least: tuple[int, int] | None) -> NDArray[np.float32]:
+    head = file.read(144)
+    file.seek(0)
     if not head:
-        raise ImageError(f"{path}: empty (0 bytes); expected {EXPECTED}; fetch the file again")
+        raise ImageError(f"{name}: empty (0 bytes); expected {EXPECTED}; fetch the file again")
     if head[128:132] == b"DICM" or head[:2] in (b"\x02\x00", b"\x08\x00"):
-        return _read_dicom(path, head, max_pixels)
-    return _read_raster(path, max_pixels)
+        return _read_dicom(file, name, head, max_pixels)
+    return _read_raster(file, name, max_pixels, at_least)
 
 
 def to_image(value: object, *, max_pixels: int = MAX_PIXELS) -> NDArray[np.float32]:
     """An image already in memory as (1, H, W) float32 in [0, 1].
 
     Args:
-        value: a PIL image, or an array or tensor (H, W), (1, H, W), (H, W, 1), (H, W, 3 or 4) or (3, H, W);
-            integers as in files, floats in [0, 1].
+        value: a PIL image, the bytes of a file, or an array or tensor (H, W), (1, H, W), (H, W, 1),
+            (H, W, 3 or 4) or (3, H, W); integers as in files, floats in [0, 1].
         max_pixels: an image with more is refused.
 
     Raises:
-        ImageError: another type, shape or range.
+        ImageError: another type, shape or range, or bytes of no image.
     """
+    if isinstance(value, bytes):
+        return read_image(value, max_pixels=max_pixels)
     if isinstance(value, Image.Image):
         _check_size("PIL image", value.width, value.height, max_pixels)
         return _from_pil(value, "PIL image")
@@ -96,30 +118,55 @@ def to_image(value: object, *, max_pixels: int = MAX_PIXELS) -> NDArray[np.float
     return _scale(array, where)
 
 
-def _read_raster(path: Path, max_pixels: int) -> NDArray[np.float32]:
+def _read_raster(
+    file: BinaryIO, name: str, max_pixels: int, at_least: tuple[int, int] | None
+) -> NDArray[np.float32]:
     try:
-        with Image.open(path, formats=FORMATS) as image:
-            _check_size(str(path), image.width, image.height, max_pixels)
+        with Image.open(file, formats=FORMATS) as image:
+            _check_size(name, image.width, image.height, max_pixels)
             frames = getattr(image, "n_frames", 1) if image.format == "TIFF" else 1
             if frames > 1:
-                raise ImageError(f"{path}: {frames} pages; expected one radiograph; store each as a file")
-            return _from_pil(image, str(path))
+                raise ImageError(f"{name}: {frames} pages; expected one radiograph; store each as a file")
+            if at_least is not None and _reduce(image, at_least):
+                try:
+                    return _from_pil(image, name)
+                except OSError:
+                    # JPEG 2000 may hold fewer resolutions than are asked for; damage shows itself again.
+                    file.seek(0)
+                    return _read_raster(file, name, max_pixels, None)
+            return _from_pil(image, name)
     except ImageError:
         raise
     except UnidentifiedImageError:
         raise ImageError(
-            f"{path}: not an image or its header is damaged; expected {EXPECTED}; remove or replace the file"
+            f"{name}: not an image or its header is damaged; expected {EXPECTED}; remove or replace the file"
         ) from None
     except Image.DecompressionBombError:
         raise ImageError(
-            f"{path}: more than {2 * (Image.MAX_IMAGE_PIXELS or 0)} pixels, the limit of Pillow; "
+            f"{name}: more than {2 * (Image.MAX_IMAGE_PIXELS or 0)} pixels, the limit of Pillow; "
             "reduce it, or raise PIL.Image.MAX_IMAGE_PIXELS and data.max_pixels if the file is trusted"
         ) from None
     # Decoders raise whatever a damaged file makes them stumble over; all of it means the same to a user.
     except Exception as error:
         raise ImageError(
-            f"{path}: damaged or truncated ({_words(error)}); expected {EXPECTED}; fetch the file again"
+            f"{name}: damaged or truncated ({_words(error)}); expected {EXPECTED}; fetch the file again"
         ) from error
+
+
+def _reduce(image: Image.Image, at_least: tuple[int, int]) -> bool:
+    """Has Pillow decode to a smaller size that is not below (h, w) as shown; False where it cannot."""
+    h, w = at_least
+    if isinstance(image, JpegImageFile):
+        turned = image.getexif().get(_ORIENTATION, 1) > 4
+        image.draft(None, (h, w) if turned else (w, h))
+        return True
+    if not isinstance(image, Jpeg2KImageFile):
+        return False
+    power = 0
+    while image.width >> (power + 1) >= w and image.height >> (power + 1) >= h:
+        power += 1
+    image.reduce = power  # type: ignore[method-assign, assignment]
+    return power > 0
 
 
 def _from_pil(image: Image.Image, where: str) -> NDArray[np.float32]:
@@ -186,43 +233,43 @@ def _words(error: BaseException) -> str:
 # DICOM
 
 
-def _read_dicom(path: Path, head: bytes, max_pixels: int) -> NDArray[np.float32]:
+def _read_dicom(file: BinaryIO, name: str, head: bytes, max_pixels: int) -> NDArray[np.float32]:
     try:
-        data = _open_dicom(path, head, max_pixels)
-        return _display(data.pixel_array, data, path)
+        data = _open_dicom(file, name, head, max_pixels)
+        return _display(data.pixel_array, data, name)
     except ImageError:
         raise
     # As above: pydicom and its decoders raise anything from struct.error to NotImplementedError.
     except Exception as error:
         raise ImageError(
-            f"{path}: a DICOM file that cannot be decoded ({_words(error)}); expected {EXPECTED}; "
+            f"{name}: a DICOM file that cannot be decoded ({_words(error)}); expected {EXPECTED}; "
             "fetch the file again, or convert it to PNG"
         ) from error
 
 
-def _open_dicom(path: Path, head: bytes, max_pixels: int) -> "pydicom.FileDataset":
+def _open_dicom(file: BinaryIO, name: str, head: bytes, max_pixels: int) -> "pydicom.FileDataset":
     """The whole data set; its header has shown that pixels are there, of one frame, and not too many."""
     import pydicom
 
-    _check_deflated(path, head, max_pixels)
-    data = pydicom.dcmread(path, force=True)
+    _check_deflated(file, name, head, max_pixels)
+    data = pydicom.dcmread(file, force=True)
     rows, columns = data.get("Rows"), data.get("Columns")
     if "PixelData" not in data:
         if head[128:132] != b"DICM" and rows is None:
-            raise ImageError(f"{path}: not an image; expected {EXPECTED}; remove or replace the file")
+            raise ImageError(f"{name}: not an image; expected {EXPECTED}; remove or replace the file")
         kind = data.get("SOPClassUID")
         raise ImageError(
-            f"{path}: DICOM without pixel data (SOP class {getattr(kind, 'name', kind) or 'not stated'}); "
+            f"{name}: DICOM without pixel data (SOP class {getattr(kind, 'name', kind) or 'not stated'}); "
             f"expected {EXPECTED}; leave it out or fetch the file again"
         )
     if not (isinstance(rows, int) and isinstance(columns, int) and rows > 0 and columns > 0):
         raise ImageError(
-            f"{path}: DICOM with Rows {rows} and Columns {columns}; expected two positive numbers; fetch the file again"
+            f"{name}: DICOM with Rows {rows} and Columns {columns}; expected two positive numbers; fetch the file again"
         )
-    _check_size(str(path), columns, rows, max_pixels)
+    _check_size(name, columns, rows, max_pixels)
     frames = int(data.get("NumberOfFrames") or 1)
     if frames > 1:
-        raise ImageError(f"{path}: DICOM with {frames} frames; expected one radiograph; export one frame")
+        raise ImageError(f"{name}: DICOM with {frames} frames; expected one radiograph; export one frame")
     if "TransferSyntaxUID" not in data.file_meta:
         # A file without meta information is in one of the two native syntaxes; pydicom saw which.
         implicit, little = data.original_encoding
@@ -234,38 +281,37 @@ def _open_dicom(path: Path, head: bytes, max_pixels: int) -> "pydicom.FileDatase
     return data
 
 
-def _check_deflated(path: Path, head: bytes, max_pixels: int) -> None:
+def _check_deflated(file: BinaryIO, name: str, head: bytes, max_pixels: int) -> None:
     """Refuses a deflated data set that unpacks to more than the largest allowed image, before it does."""
     if head[128:140] != b"DICM\x02\x00\x00\x00UL\x04\x00":
         return
     start = 144 + struct.unpack("<I", head[140:144])[0]
-    with path.open("rb") as file:
-        meta = file.read(min(start, 2**16))
-        if _DEFLATED.encode() not in meta:
-            return
-        file.seek(start)
-        unpacker = zlib.decompressobj(-zlib.MAX_WBITS)
+    meta = file.read(min(start, 2**16))
+    file.seek(start)
+    unpacker = zlib.decompressobj(-zlib.MAX_WBITS)
+    if _DEFLATED.encode() in meta:
         unpacker.decompress(file.read(), 4 * max_pixels + 2**20)
+    file.seek(0)
     if unpacker.unconsumed_tail:
         raise ImageError(
-            f"{path}: deflated DICOM that unpacks to more than {4 * max_pixels + 2**20} bytes; "
+            f"{name}: deflated DICOM that unpacks to more than {4 * max_pixels + 2**20} bytes; "
             "raise data.max_pixels if the file is trusted"
         )
 
 
-def _display(array: NDArray[Any], data: "pydicom.FileDataset", path: Path) -> NDArray[np.float32]:
+def _display(array: NDArray[Any], data: "pydicom.FileDataset", name: str) -> NDArray[np.float32]:
     """Stored values (H, W) or (H, W, 3) -> (1, H, W) as a viewer shows them."""
     photometric = str(data.PhotometricInterpretation)
     if photometric not in ("MONOCHROME1", "MONOCHROME2"):
         if array.ndim != 3 or array.shape[2] != 3:
             raise ImageError(
-                f"{path}: PhotometricInterpretation {photometric}; expected MONOCHROME1 or 2, RGB or YBR; "
+                f"{name}: PhotometricInterpretation {photometric}; expected MONOCHROME1 or 2, RGB or YBR; "
                 "convert it to PNG"
             )
-        return _scale(array, str(path))
+        return _scale(array, name)
     if array.ndim != 2:
-        raise ImageError(f"{path}: {photometric} pixels of shape {array.shape}; expected (rows, columns)")
-    curve = _curve(data, path)
+        raise ImageError(f"{name}: {photometric} pixels of shape {array.shape}; expected (rows, columns)")
+    curve = _curve(data, name)
     low, high = int(array.min()), int(array.max())
     if high - low < 2**16:
         # Display values depend on the stored value alone, so they are computed once for each of those.
@@ -278,12 +324,12 @@ def _display(array: NDArray[Any], data: "pydicom.FileDataset", path: Path) -> ND
     return np.asarray(shown)[None]
 
 
-def _curve(data: "pydicom.FileDataset", path: Path) -> Callable[[NDArray[Any]], NDArray[np.float32]]:
+def _curve(data: "pydicom.FileDataset", name: str) -> Callable[[NDArray[Any]], NDArray[np.float32]]:
     """Stored values -> display values in [0, 1], before inversion."""
     from pydicom.pixels.processing import apply_modality_lut, apply_voi
 
-    def number(name: str) -> float | None:
-        value = data.get(name)
+    def number(field: str) -> float | None:
+        value = data.get(field)
         if value is None or value == "":
             return None
         return float(value[0] if hasattr(value, "append") else value)
@@ -296,7 +342,7 @@ def _curve(data: "pydicom.FileDataset", path: Path) -> Callable[[NDArray[Any]], 
         least = 1 if function == "LINEAR" else 0
         if not (np.isfinite(center) and np.isfinite(width) and width >= least and width > 0):
             raise ImageError(
-                f"{path}: WindowCenter {center:g} and WindowWidth {width:g}; "
+                f"{name}: WindowCenter {center:g} and WindowWidth {width:g}; "
                 f"expected a finite center and a positive width; mend or remove the two fields"
             )
 

@@ -1,19 +1,23 @@
 """Studies -> normalised tensors, and batches of them."""
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pyarrow.compute as compute
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from medxray.data.images import read_image, to_image
+from medxray.data.readers import Files, Locality, Reader
 from medxray.data.seeds import seed_of
-from medxray.data.transforms import Box, cut, height_width, normalise, random_crop_box, resize
+from medxray.data.transforms import Box, cover, cut, height_width, normalise, random_crop_box, resize
+from medxray.registry import Settings
 from medxray.types import Batch, DataError, Features, ImageError
 
 if TYPE_CHECKING:
@@ -36,6 +40,7 @@ class Sample:
         patient_id: "" where unknown.
         seed: all randomness of the sample follows from it.
         features: of a frozen encoder, tokens (v, N, D) and pooled (v, D), where they are known already.
+        regions: (v, h, w) float32 coverage of each token by the chest, where it is known.
     """
 
     pixels: Tensor
@@ -45,6 +50,7 @@ class Sample:
     patient_id: str
     seed: int
     features: Features | None = None
+    regions: Tensor | None = None
 
 
 class StudyImages(torch.utils.data.Dataset[Sample]):
@@ -60,6 +66,11 @@ class StudyImages(torch.utils.data.Dataset[Sample]):
         seed: of the whole run.
         train: draws random crops, anew each epoch.
         max_views: V; views beyond it are not read.
+        reader: opens the images; files below `root` if None.
+
+    Attributes:
+        regions: name of an image -> (s, t) coverage of the whole image by the chest; None where it is not asked for.
+        grid: (h, w) tokens of an image, of which samples then tell the coverage.
     """
 
     def __init__(
@@ -75,8 +86,10 @@ class StudyImages(torch.utils.data.Dataset[Sample]):
         seed: int,
         train: bool,
         max_views: int,
+        reader: Reader | None = None,
     ) -> None:
         self.root = Path(root)
+        self.reader = reader if reader is not None else Files(self.root)
         self.spec = spec
         self.channels, self.mean, self.std = channels, mean, std
         self.max_views = max_views
@@ -84,19 +97,32 @@ class StudyImages(torch.utils.data.Dataset[Sample]):
         self.train = train
         self.crops = train and spec.crop < 1
         # Arrow rows are slow to take apart one by one.
-        self.study_ids = list(studies["study_id"])
-        self.patient_ids = list(studies["patient_id"])
-        self.reports = list(studies["report"])
-        self.images = [list(images)[:max_views] for images in studies["images"]]
-        self.views = [list(views)[:max_views] for views in studies["views"]]
+        table = studies.with_format("arrow")[:]
+        self.study_ids: list[str] = table["study_id"].to_pylist()
+        self.patient_ids: list[str] = table["patient_id"].to_pylist()
+        self.reports: list[str] = table["report"].to_pylist()
+        self.images: list[list[str]] = [images[:max_views] for images in table["images"].to_pylist()]
+        self.views: list[list[str]] = [views[:max_views] for views in table["views"].to_pylist()]
         self.features: Features | None = None
-        self.labels = torch.tensor(
-            [[_number(row[label]) for label in labels] for row in studies["labels"]], dtype=torch.float32
-        ).view(len(self.study_ids), len(labels))
+        self.regions: Mapping[str, Tensor] | None = None
+        self.grid: tuple[int, int] | None = None
+        self._shapes: dict[str, tuple[int, int]] = {}
+        self.labels = torch.full((len(self.study_ids), len(labels)), torch.nan)
+        for k, label in enumerate(labels):
+            values = compute.struct_field(table["labels"], label).cast("float32")
+            self.labels[:, k] = torch.from_numpy(values.to_numpy().copy())
         self.label_names = list(labels)
         self._cache: dict[str, Tensor] = {}
         # Each loading process keeps its own.
         self._room = CACHE_BYTES // max(1, spec.workers) if spec.cache_images else 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        # For a loading process that is not forked: classes of settings made at run time do not travel.
+        from medxray.spec import DataSpec
+
+        values = {name: getattr(self.spec, name) for name in DataSpec.model_fields if name != "reader"}
+        spec = DataSpec.model_construct(**values, reader=Settings(name=self.spec.reader.name))
+        return vars(self) | {"spec": spec, "_cache": {}}
 
     def __len__(self) -> int:
         return len(self.study_ids)
@@ -117,17 +143,21 @@ class StudyImages(torch.utils.data.Dataset[Sample]):
             features = Features(
                 self.features.tokens[index, :views], self.features.grid, self.features.pooled[index, :views]
             )
-        return Sample(
-            # Where features are known, pixels are never looked at: none are read.
-            pixels=torch.stack([self._view(image, box) for image in self.images[index]])
+        # Where features are known, pixels are never looked at: none are read.
+        pixels = (
+            torch.stack([self._view(image, box) for image in self.images[index]])
             if features is None
-            else torch.zeros(len(self.images[index]), self.channels, 1, 1),
+            else torch.zeros(len(self.images[index]), self.channels, 1, 1)
+        )
+        return Sample(
+            pixels=pixels,
             report=self.reports[index],
             labels=self.labels[index],
             study_id=name,
             patient_id=self.patient_ids[index],
             seed=seed,
             features=features,
+            regions=self._coverage(self.images[index], box) if features is None else None,
         )
 
     def still(self, rows: Sequence[int] | None = None) -> "StudyImages":
@@ -135,7 +165,7 @@ class StudyImages(torch.utils.data.Dataset[Sample]):
         part = copy.copy(self)
         part.train = part.crops = False
         # Images kept for crops are of another size.
-        part._cache = {} if self.crops else self._cache
+        part._cache, part._shapes = ({}, {}) if self.crops else (self._cache, self._shapes)
         if rows is not None:
             for name in ("study_ids", "patient_ids", "reports", "images", "views"):
                 setattr(part, name, [getattr(self, name)[row] for row in rows])
@@ -152,17 +182,35 @@ class StudyImages(torch.utils.data.Dataset[Sample]):
 
     def picture(self, row: int, view: int) -> NDArray[np.float32]:
         """A study's view as a picture (h, w) in [0, 1]."""
-        path = self.root / self.images[row][view]
-        return resize(read_image(path, max_pixels=self.spec.max_pixels), self.spec.image_size, self.spec.fit)[
-            0
-        ].numpy()
+        pixels = self.read(self.images[row][view])
+        return resize(pixels, self.spec.image_size, self.spec.fit)[0].numpy()
+
+    def read(self, image: str, at_least: tuple[int, int] | None = None) -> NDArray[np.float32]:
+        """An image as `images` names it: (1, H, W) in [0, 1], decoded whole or to no less than (h, w).
+
+        Raises:
+            ImageError: it cannot be read.
+        """
+        source = self.reader.open(image)
+        return read_image(
+            source, max_pixels=self.spec.max_pixels, at_least=at_least, name=str(self.root / image)
+        )
+
+    @property
+    def needed(self) -> tuple[int, int] | None:
+        """(h, w) below which an image is not decoded, so that the smallest crop stays sharp; None for the whole."""
+        return needed_size(self.spec, self.spec.crop if self.crops else 1.0)
+
+    @property
+    def locality(self) -> Locality | None:
+        """Which studies are read together, by their first images; None where each image is a file."""
+        return self.reader.locality([images[0] for images in self.images])
 
     def thumbnails(self, side: int = 32) -> NDArray[np.float32]:
         """Each study's first view as raw pixels (n, side * side), brightness and contrast made equal."""
         small = []
         for images in self.images:
-            pixels = read_image(self.root / images[0], max_pixels=self.spec.max_pixels)
-            small.append(resize(pixels, side, "stretch").flatten())
+            small.append(resize(self.read(images[0]), side, "stretch").flatten())
         stack = torch.stack(small)
         stack = stack - stack.mean(1, keepdim=True)
         return (stack / stack.std(1, keepdim=True).clamp(min=1e-6)).numpy()
@@ -179,7 +227,8 @@ class StudyImages(torch.utils.data.Dataset[Sample]):
         """(C, h, w); kept in memory before the crop if there is one, else after the change of size."""
         pixels = self._cache.get(image)
         if pixels is None:
-            pixels = torch.from_numpy(read_image(self.root / image, max_pixels=self.spec.max_pixels))
+            pixels = torch.from_numpy(self.read(image, self.needed))
+            self._shapes[image] = (pixels.shape[1], pixels.shape[2])
             if not self.crops:
                 pixels = resize(pixels, self.spec.image_size, self.spec.fit)
             if pixels.nbytes <= self._room:
@@ -189,10 +238,18 @@ class StudyImages(torch.utils.data.Dataset[Sample]):
             pixels = resize(cut(pixels, box), self.spec.image_size, self.spec.fit)
         return normalise(pixels, self.channels, self.mean, self.std)
 
+    def _coverage(self, images: Sequence[str], box: Box | None) -> Tensor | None:
+        """(v, h, w) of images whose pixels were just read: the region goes the way of its image."""
+        if self.regions is None or self.grid is None:
+            return None
+        size, fit = self.spec.image_size, self.spec.fit
+        covered = [cover(self.regions[image], self.grid, self._shapes[image], size, fit, box) for image in images]
+        return torch.stack(covered)
+
 
 def collate(samples: Sequence[Sample], max_views: int) -> Batch:
     """Samples -> a batch of `max_views` views; views that a study lacks are zeros, False in `view_mask`."""
-    first = samples[0].pixels
+    first, first_region = samples[0].pixels, samples[0].regions
     pixels = first.new_zeros(len(samples), max_views, *first.shape[1:])
     view_mask = torch.zeros(len(samples), max_views, dtype=torch.bool)
     for i, sample in enumerate(samples):
@@ -208,6 +265,12 @@ def collate(samples: Sequence[Sample], max_views: int) -> Batch:
             tokens[i, : len(one.tokens)] = one.tokens
             pooled[i, : len(one.pooled)] = one.pooled
         features = Features(tokens, known[0].grid, pooled)
+    regions = None
+    if first_region is not None:
+        regions = first_region.new_zeros(len(samples), max_views, *first_region.shape[1:])
+        for i, sample in enumerate(samples):
+            assert sample.regions is not None
+            regions[i, : len(sample.regions)] = sample.regions[:max_views]
     return Batch(
         pixels=pixels,
         view_mask=view_mask,
@@ -216,6 +279,7 @@ def collate(samples: Sequence[Sample], max_views: int) -> Batch:
         study_ids=[sample.study_id for sample in samples],
         patient_ids=[sample.patient_id for sample in samples],
         seeds=torch.tensor([sample.seed for sample in samples], dtype=torch.int64),
+        regions=regions,
         features=features,
     )
 
@@ -231,39 +295,48 @@ def study_from(
     seed: int = 0,
     max_views: int = 1,
     name: str = "",
+    segment: Callable[[NDArray[np.float32], str], Tensor] | None = None,
+    grid: tuple[int, int] | None = None,
 ) -> Sample:
     """What `predict` is given for one study -> a sample without report and labels.
 
     Args:
         value: a path, array, tensor or PIL image; a list or tuple of those, the views of one study, frontal
-            first; or a mapping with "images" and, if wanted, "study_id" and "patient_id".
+            first; or a mapping with "images" and, if wanted, "views", "study_id" and "patient_id".
         spec: the data block of the pipeline's spec.
         channels, mean, std: as the encoder declares.
         labels: names of labels, all missing here.
         seed: of the run.
         max_views: V of the pipeline; more views are left out, as in training.
         name: the study's name where `value` has none; its first file's stem if empty.
+        segment: pixels (1, H, W) and view -> (s, t) coverage by the chest, where the sample is to tell it.
+        grid: (h, w) tokens of an image, with `segment`.
 
     Raises:
         ImageError: an image that cannot be read, or something that is no image.
         DataError: no image, or a mapping without "images".
     """
-    patient = ""
+    patient, named = "", list[str]()
     if isinstance(value, Mapping):
         if "images" not in value:
             raise DataError(
                 f"a study given as a mapping needs 'images'; found {', '.join(map(str, value)) or 'nothing'}"
             )
         name, patient = str(value.get("study_id", name)), str(value.get("patient_id", ""))
+        named = list(value.get("views", ()))
         value = value["images"]
     images = list(value) if isinstance(value, (list, tuple)) else [value]
     if not images:
         raise DataError("a study without images; expected a file, array or PIL image, or a list of them")
     if not name:
         name = Path(images[0]).stem if isinstance(images[0], (str, Path)) else "study"
-    views = []
-    for image in images[:max_views]:
-        pixels = resize(_pixels(image, spec.max_pixels), height_width(spec.image_size), spec.fit)
+    views, regions = [], []
+    for i, image in enumerate(images[:max_views]):
+        whole = _pixels(image, spec)
+        if segment is not None and grid is not None:
+            region = segment(whole, named[i] if i < len(named) else "unknown")
+            regions.append(cover(region, grid, whole.shape[1:], spec.image_size, spec.fit))
+        pixels = resize(whole, height_width(spec.image_size), spec.fit)
         views.append(normalise(pixels, channels, mean, std))
     return Sample(
         pixels=torch.stack(views),
@@ -272,19 +345,25 @@ def study_from(
         study_id=name,
         patient_id=patient,
         seed=seed_of(seed, name),
+        regions=torch.stack(regions) if regions else None,
     )
 
 
-def _pixels(image: Any, max_pixels: int) -> NDArray[np.float32]:
-    if isinstance(image, (str, Path)):
-        return read_image(image, max_pixels=max_pixels)
+def needed_size(spec: "DataSpec", crop: float = 1.0) -> tuple[int, int] | None:
+    """(h, w) that an image must have to be read as a spec says; None where it is to be decoded whole."""
+    if spec.decode == "full":
+        return None
+    h, w = height_width(spec.image_size)
+    side = math.sqrt(crop)
+    return math.ceil(h / side), math.ceil(w / side)
+
+
+def _pixels(image: Any, spec: "DataSpec") -> NDArray[np.float32]:
+    if isinstance(image, (str, Path, bytes)):
+        return read_image(image, max_pixels=spec.max_pixels, at_least=needed_size(spec))
     if isinstance(image, (list, tuple, Mapping)):
         raise ImageError(
             f"expected a path, array, tensor or PIL image as a view, found {type(image).__name__}; "
             "a study is one list of images"
         )
-    return to_image(image, max_pixels=max_pixels)
-
-
-def _number(label: int | None) -> float:
-    return float("nan") if label is None else float(label)
+    return to_image(image, max_pixels=spec.max_pixels)

@@ -1,6 +1,5 @@
 """The schema of a study, and a data set's way from its reader to checked studies."""
 
-import os
 from collections import Counter
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -9,9 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from datasets import Dataset, Features, List, Value
+from datasets.table import InMemoryTable
 
 from medxray.data.images import read_image
 from medxray.data.readers import READERS, Reader
+from medxray.data.subsets import subset
 from medxray.data.text import clean, is_empty
 from medxray.registry import nearest
 from medxray.types import DataError, ImageError, Study
@@ -51,6 +52,7 @@ class Studies:
             split may be empty.
         labels: names of labels, the order of every label vector.
         root: folder that the paths in `images` are relative to.
+        reader: opens the images.
         views: V, the constant number of views of a batch.
         skipped: what `data.on_error: skip` left out: {study, file, reason}; file is "" for a whole study.
     """
@@ -59,6 +61,7 @@ class Studies:
     labels: list[str]
     root: Path
     views: int
+    reader: Reader
     skipped: list[dict[str, str]] = field(default_factory=list)
 
     def require(self, *splits: str) -> None:
@@ -102,7 +105,7 @@ def load_studies(spec: "DataSpec", *, reports: bool | None = None) -> Studies:
     _check_names(studies, root)
     _check_patients(studies, root)
     labels = _choose_labels(studies, spec.labels, root)
-    studies = _first(studies, spec.max_studies)
+    studies = subset(_first(studies, spec.max_studies), spec.fraction)
     skip = spec.on_error == "skip"
     skipped: list[dict[str, str]] = []
     studies = _with_reports(studies, spec.cleaning, reports, skip, skipped, root)
@@ -111,7 +114,7 @@ def load_studies(spec: "DataSpec", *, reports: bool | None = None) -> Studies:
     splits = {split: _dataset([s for s in studies if s["split"] == split], labels, features) for split in SPLITS}
     most = max((len(s["images"]) for s in studies), default=1)
     views = 1 if spec.views == "single" else min(spec.max_views, most)
-    found = Studies(splits, labels, root, views, skipped)
+    found = Studies(splits, labels, root, views, reader, skipped)
     found.require("train")
     return found
 
@@ -202,7 +205,7 @@ def _with_images(
             reader.inside(image, f"{reader.root}: study {study['study_id']!r}")
     names = [image for study in studies for image in study["images"]]
     if not skip:
-        missing = [name for name in names if not os.path.isfile(os.path.join(reader.root, name))]
+        missing = [name for name in names if not reader.exists(name)]
         if missing:
             raise DataError(
                 f"{reader.root}: {len(missing)} of {len(names)} images are missing: {_some(missing)}; "
@@ -217,7 +220,7 @@ def _with_images(
 
     def unreadable(name: str) -> str | None:
         try:
-            read_image(reader.root / name, max_pixels=max_pixels)
+            read_image(reader.open(name), max_pixels=max_pixels, name=str(reader.root / name))
         except ImageError as error:
             return str(error)
         return None
@@ -244,7 +247,8 @@ def _with_images(
 def _dataset(studies: list[Study], labels: list[str], features: Features) -> Dataset:
     columns: dict[str, list[Any]] = {key: [dict(s)[key] for s in studies] for key in FEATURES}
     columns["labels"] = [{label: s["labels"].get(label) for label in labels} for s in studies]
-    return Dataset.from_dict(columns, features=features)
+    # `Dataset.from_dict` looks at every value in Python first.
+    return Dataset(InMemoryTable.from_pydict(columns, schema=features.arrow_schema))
 
 
 def _some(names: list[str]) -> str:

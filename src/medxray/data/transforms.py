@@ -2,6 +2,7 @@
 are part of the report."""
 
 import math
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -43,12 +44,19 @@ def resize(image: Image, size: int | list[int] | tuple[int, int], fit: Literal["
     h, w = height_width(size)
     if fit == "stretch":
         return _interpolate(pixels, h, w)
-    scale = min(h / pixels.shape[1], w / pixels.shape[2])
-    inner_h, inner_w = (max(1, round(scale * side)) for side in pixels.shape[1:])
+    top, left, inner_h, inner_w = _inside(pixels.shape[1:], (h, w), fit)
     padded = torch.zeros(1, h, w)
-    top, left = (h - inner_h) // 2, (w - inner_w) // 2
     padded[:, top : top + inner_h, left : left + inner_w] = _interpolate(pixels, inner_h, inner_w)
     return padded
+
+
+def _inside(shape: Sequence[int], size: tuple[int, int], fit: str) -> tuple[int, int, int, int]:
+    """Top, left, height and width, in the result, of an image (H, W) that is made `size`."""
+    (h, w), scale = size, min(size[0] / shape[0], size[1] / shape[1])
+    if fit == "stretch":
+        return 0, 0, h, w
+    inner_h, inner_w = (max(1, round(scale * side)) for side in shape)
+    return (h - inner_h) // 2, (w - inner_w) // 2, inner_h, inner_w
 
 
 def _interpolate(pixels: Tensor, h: int, w: int) -> Tensor:
@@ -73,11 +81,55 @@ def random_crop_box(seed: int, crop: float) -> Box:
 
 def cut(image: Image, box: Box) -> Image:
     """The part of (1, H, W) that a box covers, to the nearest pixel, at least one."""
-    _, H, W = image.shape
+    top, left, height, width = _bounds(box, *image.shape[1:])
+    return image[:, top : top + height, left : left + width]
+
+
+def _bounds(box: Box, H: int, W: int) -> tuple[int, int, int, int]:
+    """A box as pixels of an image (H, W): top, left, height, width."""
     top, left = round(box.top * H), round(box.left * W)
     height, width = max(1, round(box.height * H)), max(1, round(box.width * W))
-    top, left = min(top, H - height), min(left, W - width)
-    return image[:, top : top + height, left : left + width]
+    return min(top, H - height), min(left, W - width), height, width
+
+
+def cover(
+    region: Tensor,
+    grid: tuple[int, int],
+    shape: tuple[int, int],
+    size: int | list[int] | tuple[int, int],
+    fit: Literal["stretch", "pad"] = "stretch",
+    box: Box | None = None,
+) -> Tensor:
+    """How much of each token a region covers, once its image was cut and resized: exact means over areas.
+
+    Args:
+        region: (s, t) coverage of the whole image, in [0, 1].
+        grid: (h, w) tokens of the resized image.
+        shape: (H, W) of the image before it was cut.
+        size, fit: as the image was resized; padding counts 0.
+        box: as it was cut.
+
+    Returns:
+        (h, w) float32 in [0, 1].
+    """
+    top, left, height, width = (0, 0, *shape) if box is None else _bounds(box, *shape)
+    outer = height_width(size)
+    y, x, inner_h, inner_w = _inside((height, width), outer, fit)
+    rows = _shares(grid[0], outer[0], y, inner_h, top / shape[0], height / shape[0], region.shape[0])
+    columns = _shares(grid[1], outer[1], x, inner_w, left / shape[1], width / shape[1], region.shape[1])
+    return (rows @ region.double() @ columns.T).float()
+
+
+def _shares(
+    tokens: int, outer: int, start: int, inner: int, cut_start: float, cut_length: float, cells: int
+) -> Tensor:
+    """(tokens, cells) float64, along one axis: the share of each token that lies on each cell of the whole image."""
+    edges = (torch.arange(tokens + 1, dtype=torch.float64) * outer / tokens - start) / inner
+    whole = (edges[1:] - edges[:-1]) * cut_length
+    edges = cut_start + edges.clamp(0, 1) * cut_length
+    cell = torch.arange(cells, dtype=torch.float64) / cells
+    overlap = torch.minimum(edges[1:, None], cell + 1 / cells) - torch.maximum(edges[:-1, None], cell)
+    return overlap.clamp(min=0) / whole[:, None]
 
 
 def normalise(pixels: Tensor, channels: int, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:

@@ -48,6 +48,11 @@ class MaskableEncoder(Encoder):
     def embed(self, images: Tensor) -> Tensor:
         """images (B, C, H, W) -> tokens (B, N, D), with their positions where those are added, row by row, no class token."""
 
+    def embed_visible(self, images: Tensor, keep: Tensor) -> Tensor:
+        """images (B, C, H, W) -> the tokens `keep` (B, n) of `embed` alone, (B, n, D)."""
+        tokens = self.embed(images)
+        return tokens.gather(1, keep[..., None].expand(-1, -1, tokens.shape[2]))
+
     @abstractmethod
     def encode(self, tokens: Tensor, grid: tuple[int, int], keep: Tensor | None = None) -> Tensor:
         """Embedded tokens (B, n, D) -> (B, 1 + n, D): class token first, normalised last.
@@ -67,11 +72,27 @@ class MaskableEncoder(Encoder):
         """(h, w) of the tokens of an image of height x width pixels."""
 
 
+class JoinableEncoder(Encoder):
+    """An encoder whose last block can take other tokens beside the image's, as fusion with label texts needs."""
+
+    @abstractmethod
+    def before_last(self, images: Tensor) -> Features:
+        """images (B, C, H, W) -> all tokens that the last block is given (B, n, D), class tokens among them; the grid
+        (h, w) is the image's."""
+
+    @abstractmethod
+    def last(self, tokens: Tensor, grid: tuple[int, int], beside: Tensor) -> Tensor:
+        """The last block over tokens of one image or of several side by side (B, V * n, D), and over others `beside`
+        them (B, K, D), which have no place: (B, V * n + K, D), normalised."""
+
+
 class EncoderSettings(Settings):
     """What a spec may say of any encoder beside its own settings."""
 
     weights: str | None = Field(
-        None, description="a run folder of medxray, a checkpoint file, or a name that the encoder knows"
+        None,
+        description="a run folder of medxray, a checkpoint file, a folder of transformers or timm, or a name on the "
+        "Hugging Face hub",
     )
     trainable: bool = Field(True, description="False freezes it; its features are then computed once and cached")
 
@@ -81,6 +102,7 @@ ENCODERS: Registry[Encoder] = Registry(
     Encoder,
     {
         "vit": "medxray.encoders.vit:ViT",
+        "hd-vit": "medxray.encoders.vit:HDViT",
         "vmamba": "medxray.encoders.vmamba:VMamba",
         "vim": "medxray.encoders.vim:Vim",
         "timm": "medxray.encoders.timm:TimmEncoder",
@@ -122,4 +144,14 @@ def freeze(module: nn.Module) -> nn.Module:
     return module.eval()
 
 
-__all__ = ["ENCODERS", "Encoder", "EncoderSettings", "MaskableEncoder", "freeze", "get", "names", "register"]
+__all__ = [
+    "ENCODERS",
+    "Encoder",
+    "EncoderSettings",
+    "JoinableEncoder",
+    "MaskableEncoder",
+    "freeze",
+    "get",
+    "names",
+    "register",
+]

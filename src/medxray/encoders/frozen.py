@@ -68,10 +68,11 @@ def _key(encoder: Encoder, images: StudyImages) -> str:
         digest.update(tensor.detach().cpu().numpy().tobytes())
     spec = images.spec
     digest.update(repr((spec.image_size, spec.fit, images.max_views, encoder.mean, encoder.std)).encode())
+    if spec.decode != "full":
+        digest.update(spec.decode.encode())
     for views in images.images:
         for view in views:
-            stat = (images.root / view).stat()
-            digest.update(f"{view} {stat.st_size} {stat.st_mtime_ns}".encode())
+            digest.update(images.reader.stamp(view).encode())
     return digest.hexdigest()[:24]
 
 

@@ -5,19 +5,19 @@ import copy
 import functools
 import gc
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from medxray.encoders import Encoder
+Model = TypeVar("Model", bound=nn.Module)
 
 
 @contextlib.contextmanager
-def shapes_only(encoder: Encoder) -> Iterator[Encoder]:
-    """A copy of an encoder in which every tensor, like every other that is made inside the block, has no numbers.
+def shapes_only(model: Model) -> Iterator[Model]:
+    """A copy of a model in which every tensor, like every other that is made inside the block, has no numbers.
 
     Operations take the way that they take on the CPU. A guard against bad numbers is told that there are none: all()
     is true and any() false. Whatever else asks for a number raises torch's own errors; so does an operation of another
@@ -26,12 +26,12 @@ def shapes_only(encoder: Encoder) -> Iterator[Encoder]:
     filled = {id(kept): kept.cache_info().misses for kept in _kept_results()}
     with FakeTensorMode(allow_non_fake_inputs=True), _Guards(), torch.device("cpu"):
         copies: dict[int, Any] = {}
-        for tensor in (*encoder.parameters(), *encoder.buffers()):
+        for tensor in (*model.parameters(), *model.buffers()):
             empty = torch.empty(tensor.shape, dtype=tensor.dtype)
             trained = isinstance(tensor, nn.Parameter)
             copies[id(tensor)] = nn.Parameter(empty, requires_grad=tensor.requires_grad) if trained else empty
         try:
-            yield copy.deepcopy(encoder, copies)
+            yield copy.deepcopy(model, copies)
         finally:
             # What a function keeps for equal arguments would come back later, still without numbers.
             for kept in _kept_results():

@@ -31,6 +31,7 @@ class SelfAttentionDecoder(PixelDecoder):
     ) -> None:
         super().__init__()
         _check(dim, heads)
+        self.position_grid: tuple[int, int] | None = getattr(encoder, "position_grid", None)
         self.decoder_embed = nn.Linear(encoder.width, dim)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.decoder_blocks = nn.ModuleList(Block(dim, heads) for _ in range(depth))
@@ -46,7 +47,7 @@ class SelfAttentionDecoder(PixelDecoder):
         B, visible, D = x.shape[0], x.shape[1] - 1, x.shape[2]
         missing = self.mask_token.to(x.dtype).expand(B, restore.shape[1] - visible, -1)
         tokens = torch.cat([x[:, 1:], missing], dim=1).gather(1, restore[..., None].expand(-1, -1, D))
-        tokens = tokens + sincos_positions(D, *grid, tokens.device).to(x.dtype)
+        tokens = tokens + sincos_positions(D, *grid, tokens.device, self.position_grid).to(x.dtype)
         x = torch.cat([x[:, :1], tokens], dim=1)
         for block in self.decoder_blocks:
             x = block(x)
@@ -68,7 +69,7 @@ class CrossAttention(nn.Module):
     def forward(self, x: Tensor, seen: Tensor) -> Tensor:
         """x (B, T, dim), seen (B, N, width) -> (B, T, dim)."""
         q = self.q(x).unflatten(2, (self.heads, -1)).transpose(1, 2)
-        k, v = self.kv(seen).unflatten(2, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        k, v = (part.unflatten(2, (self.heads, -1)).transpose(1, 2) for part in self.kv(seen).chunk(2, dim=2))
         out: Tensor = self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
         return out
 
@@ -87,8 +88,7 @@ class CrossBlock(nn.Module):
     def forward(self, x: Tensor, seen: Tensor) -> Tensor:
         """x (B, T, dim), seen (B, N, width) -> (B, T, dim)."""
         x = x + self.attn(self.norm1(x), self.seen_norm(seen))
-        out: Tensor = x + self.mlp(self.norm2(x))
-        return out
+        return x + self.mlp.after(self.norm2, x)
 
 
 class CrossAttentionDecoder(PixelDecoder):
@@ -112,6 +112,7 @@ class CrossAttentionDecoder(PixelDecoder):
     ) -> None:
         super().__init__()
         _check(dim, heads)
+        self.position_grid: tuple[int, int] | None = getattr(encoder, "position_grid", None)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.mix = nn.Parameter(torch.randn(depth, encoder.depth) * encoder.depth**-0.5)
         self.decoder_blocks = nn.ModuleList(CrossBlock(dim, encoder.width, heads) for _ in range(depth))
@@ -124,12 +125,31 @@ class CrossAttentionDecoder(PixelDecoder):
         self, layers: Sequence[Tensor], masking: Masking, grid: tuple[int, int], targets: Tensor
     ) -> Tensor:
         dim = self.mask_token.shape[2]
-        positions = sincos_positions(dim, *grid, targets.device)[0][targets]
+        positions = sincos_positions(dim, *grid, targets.device, self.position_grid)[0][targets]
         x = self.mask_token + positions.to(self.mask_token.dtype)
         mixed = torch.einsum("kl,lbnd->kbnd", self.mix.to(layers[-1].dtype), torch.stack(tuple(layers)))
         for block, seen in zip(self.decoder_blocks, mixed, strict=True):
             x = block(x, seen)
         patches: Tensor = self.decoder_pred(self.decoder_norm(x))
+        return patches
+
+
+class LinearDecoder(PixelDecoder):
+    """One linear layer, as SimMIM's (arXiv:2111.09886): the encoder itself sees the whole grid, with learned pixels in place
+    of masked patches, and so pays for every token."""
+
+    def __init__(self, encoder: MaskableEncoder) -> None:
+        super().__init__()
+        pixels = encoder.stride**2 * encoder.channels
+        self.mask_patch = nn.Parameter(torch.randn(1, 1, pixels) * 0.02)
+        self.decoder_pred = nn.Linear(encoder.width, pixels)
+        initialise(self)
+
+    def forward(
+        self, layers: Sequence[Tensor], masking: Masking, grid: tuple[int, int], targets: Tensor
+    ) -> Tensor:
+        tokens = layers[-1][:, 1:]
+        patches: Tensor = self.decoder_pred(tokens.gather(1, targets[..., None].expand(-1, -1, tokens.shape[2])))
         return patches
 
 

@@ -7,6 +7,7 @@ from typing import Annotated
 import torch
 from pydantic import Field
 from torch import Generator, Tensor
+from torch.nn import functional as F
 
 from medxray.pretrain import Masker, Masking
 
@@ -77,17 +78,30 @@ class RankedMasker(Masker):
     def rank(self, noise: Tensor, grid: tuple[int, int]) -> Tensor:
         """noise (B, numbers) in [0, 1) -> (B, h, w), low where a unit should stay visible."""
 
-    def choose(self, noise: Tensor, grid: tuple[int, int]) -> Masking:
+    def rank_in(self, regions: Tensor | None, noise: Tensor, grid: tuple[int, int]) -> Tensor:
+        """As `rank`, for maskers that look at the chest's coverage of each unit (B, h, w)."""
+        return self.rank(noise, grid)
+
+    def choose(self, noise: Tensor, grid: tuple[int, int], regions: Tensor | None = None) -> Masking:
         """The masking that noise (B, numbers) stands for; at least one token stays visible."""
         (h, w), unit = grid, self.mask_unit
-        ranks = self.rank(noise, _units(grid, unit)).repeat_interleave(unit, 1).repeat_interleave(unit, 2)[:, :h, :w]
+        if regions is not None and unit > 1:
+            # Units at the far edges are means over what the grid has of them.
+            regions = F.avg_pool2d(regions[:, None], unit, ceil_mode=True, count_include_pad=False)[:, 0]
+        ranks = self.rank_in(regions, noise, _units(grid, unit))
+        ranks = ranks.repeat_interleave(unit, 1).repeat_interleave(unit, 2)[:, :h, :w]
         order = ranks.flatten(1).argsort(dim=1, stable=True)
-        return masking_from_order(order, max(1, kept_of(h * w, self.ratio)))
+        return masking_from_order(order, self.kept(h * w))
+
+    def kept(self, n: int) -> int:
+        """How many of n tokens stay visible."""
+        return max(1, kept_of(n, self.ratio))
 
     def __call__(
         self, regions: Tensor | None, batch: int, grid: tuple[int, int], generator: Generator | Tensor | None
     ) -> Masking:
-        return self.choose(uniform_noise(generator, batch, self.numbers(_units(grid, self.mask_unit))), grid)
+        noise = uniform_noise(generator, batch, self.numbers(_units(grid, self.mask_unit)))
+        return self.choose(noise, grid, regions.to(noise.device) if regions is not None else None)
 
 
 def _units(grid: tuple[int, int], unit: int) -> tuple[int, int]:
@@ -190,11 +204,85 @@ class FilteredNoiseMasker(RankedMasker):
         return torch.fft.irfft2(torch.fft.rfft2(noise.unflatten(1, grid)) * band, s=grid)
 
 
-class RectangleMasker(Masker):
-    """One fixed rectangle for every image, masked more than the rest (the HD X-ray MAE's release).
+class ContourMasker(RankedMasker):
+    """The chest is masked more than the rest, by its contour in each image; the count is exact and the same for all, so
+    that batches keep their shape.
 
-    Rows int(0.25 h) + 1 to int(0.75 h) and columns int(0.125 w) + 1 to int(0.75 w), both inclusive. The order of
-    tokens is kept outer, kept inner, dropped outer, dropped inner.
+    A token that the chest covers to c has the weight w = c (1 - inner) + (1 - c) (1 - outer); those with the largest
+    log w + Gumbel noise stay visible, which draws them without replacement in proportion to w. The paper's two ratios
+    (arXiv:2404.17926) are so met on average where the chest covers what `ratio` stands for.
+
+    Args:
+        inner: share masked inside the chest.
+        outer: share masked outside.
+        ratio: share of all tokens that is masked; what the two give where the chest is two fifths of the image if null.
+        mask_unit: tokens a side that share one rank.
+    """
+
+    regional = True
+
+    def __init__(
+        self, inner: Ratio = 0.95, outer: Ratio = 0.85, ratio: Ratio | None = None, mask_unit: Unit = 1
+    ) -> None:
+        for name, share in (("inner", inner), ("outer", outer)):
+            if not 0 <= share < 1:
+                raise ValueError(f"{name} must be in [0, 1), found {share}")
+        super().__init__(0.4 * inner + 0.6 * outer if ratio is None else ratio, mask_unit)
+        self.inner, self.outer = inner, outer
+
+    def kept(self, n: int) -> int:
+        return max(1, round(n * (1 - self.ratio)))
+
+    def weights(self, coverage: Tensor) -> Tensor:
+        """Coverage by the chest in [0, 1] -> weight of staying visible, of the same shape."""
+        return coverage * (1 - self.inner) + (1 - coverage) * (1 - self.outer)
+
+    def rank(self, noise: Tensor, grid: tuple[int, int]) -> Tensor:
+        return self.rank_in(None, noise, grid)
+
+    def rank_in(self, regions: Tensor | None, noise: Tensor, grid: tuple[int, int]) -> Tensor:
+        if regions is None:
+            regions = release_rectangle(grid, noise.device).float()
+        # Exponential noise over the weight has the order of the negative of log w + Gumbel.
+        return -noise.clamp(min=2**-25).unflatten(1, grid).log() / self.weights(regions)
+
+
+class CurriculumMasker(ContourMasker):
+    """Random at first, by the contour at last: weights go from equal ones to those of `contour` over the training.
+
+    Args:
+        inner: share masked inside the chest at last.
+        outer: share masked outside at last.
+        ratio: share of all tokens that is masked throughout; as for `contour` if null.
+        mask_unit: tokens a side that share one rank.
+        begin: share of the training up to which masks are random.
+        end: share of it from which they are those of `contour`, as they are in evaluation.
+    """
+
+    def __init__(
+        self,
+        inner: Ratio = 0.95,
+        outer: Ratio = 0.85,
+        ratio: Ratio | None = None,
+        mask_unit: Unit = 1,
+        begin: Annotated[float, Field(ge=0, le=1)] = 0.0,
+        end: Annotated[float, Field(ge=0, le=1)] = 0.5,
+    ) -> None:
+        super().__init__(inner, outer, ratio, mask_unit)
+        if not 0 <= begin <= end <= 1:
+            raise ValueError(f"begin and end must be in [0, 1] and in this order, found {begin} and {end}")
+        self.begin, self.end = begin, end
+
+    def weights(self, coverage: Tensor) -> Tensor:
+        done = (self.progress - self.begin) / max(self.end - self.begin, 1e-9)
+        share = min(1.0, max(0.0, done)) if self.progress < self.end else 1.0
+        return share * super().weights(coverage) + (1 - share) * (1 - self.ratio)
+
+
+class RectangleMasker(Masker):
+    """One fixed rectangle for every image, masked more than the rest (the HD X-ray MAE's release): `release_rectangle`.
+
+    The order of tokens is kept outer, kept inner, dropped outer, dropped inner.
 
     Args:
         inner: share masked inside the rectangle.
@@ -207,23 +295,16 @@ class RectangleMasker(Masker):
                 raise ValueError(f"{name} must be in [0, 1), found {ratio}")
         self.inner, self.outer = inner, outer
 
-    def inside(self, grid: tuple[int, int], device: torch.device | None = None) -> Tensor:
-        """(N,) bool, True in the rectangle."""
-        h, w = grid
-        rows = torch.arange(h, device=device)
-        columns = torch.arange(w, device=device)
-        inner_rows = (rows > int(0.25 * h)) & (rows <= int(0.75 * h))
-        inner_columns = (columns > int(0.125 * w)) & (columns <= int(0.75 * w))
-        return (inner_rows[:, None] & inner_columns[None]).flatten()
-
     def choose(self, noise: Tensor, grid: tuple[int, int]) -> Masking:
         """In each region the tokens of smallest noise (B, N) stay visible; at least one of all does."""
-        inside = self.inside(grid, noise.device)
+        inside = release_rectangle(grid, noise.device).flatten()
         order = noise.argsort(dim=1, stable=True)
         # A stable sort by region keeps the order of the noise within each.
         regional = inside[order].long().argsort(dim=1, stable=True)
         order = order.gather(1, regional)
-        inner = _count_inside(grid)
+        (h, w) = grid
+        # Counted without asking the device.
+        inner = (int(0.75 * h) - int(0.25 * h)) * (int(0.75 * w) - int(0.125 * w))
         outer = noise.shape[1] - inner
         kept_outer, kept_inner = kept_of(outer, self.outer), kept_of(inner, self.inner)
         if kept_outer + kept_inner == 0:
@@ -238,7 +319,12 @@ class RectangleMasker(Masker):
         return self.choose(uniform_noise(generator, batch, grid[0] * grid[1]), grid)
 
 
-def _count_inside(grid: tuple[int, int]) -> int:
-    """Tokens in the rectangle, counted without asking the device."""
+def release_rectangle(grid: tuple[int, int], device: torch.device | None = None) -> Tensor:
+    """(h, w) bool, True in the release's rectangle: rows int(0.25 h) + 1 to int(0.75 h) and columns int(0.125 w) + 1 to
+    int(0.75 w), both inclusive."""
     h, w = grid
-    return (int(0.75 * h) - int(0.25 * h)) * (int(0.75 * w) - int(0.125 * w))
+    rows, columns = torch.arange(h, device=device), torch.arange(w, device=device)
+    inner_rows = (rows > int(0.25 * h)) & (rows <= int(0.75 * h))
+    inner_columns = (columns > int(0.125 * w)) & (columns <= int(0.75 * w))
+    return inner_rows[:, None] & inner_columns
+

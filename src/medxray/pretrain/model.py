@@ -14,11 +14,11 @@ class MAEOutput(NamedTuple):
     """What one pass gives.
 
     Attributes:
-        loss: (B,) mean squared error over each image's masked patches among the targets.
+        loss: (B,) mean squared error over each image's masked patches among the targets, by their weights.
         prediction: (B, T, patch * patch * C).
         targets: (B, T) int64, positions of the patches that were predicted.
         masking: which tokens were visible.
-        latent: (B, 1 + n, D), the encoder's output for the class token and the visible tokens.
+        latent: (B, 1 + n, D), the encoder's output for the class token and the tokens that it saw.
     """
 
     loss: Tensor
@@ -41,6 +41,7 @@ class MaskedAutoEncoder(nn.Module):
         variance_floor: of pixels as they are normalised.
         predicted: share of all tokens that is predicted while training, chosen among the masked ones at random; None,
             like evaluation, predicts every masked one.
+        chest_weight: what the error of a patch of the chest counts beside that of another.
     """
 
     def __init__(
@@ -52,6 +53,7 @@ class MaskedAutoEncoder(nn.Module):
         normalize_patches: bool = False,
         variance_floor: float = 1e-6,
         predicted: float | None = None,
+        chest_weight: float = 1.0,
     ) -> None:
         super().__init__()
         self.encoder = encoder
@@ -60,6 +62,7 @@ class MaskedAutoEncoder(nn.Module):
         self.channels = channels
         self.patch = encoder.stride
         self.normalize_patches, self.variance_floor, self.predicted = normalize_patches, variance_floor, predicted
+        self.chest_weight = chest_weight
 
     def forward(
         self, images: Tensor, regions: Tensor | None = None, generator: Generator | Tensor | None = None
@@ -76,7 +79,7 @@ class MaskedAutoEncoder(nn.Module):
         targets = self._targets(masking, generator)
         # A torch generator may live on another device than the images.
         masking = Masking(*(part.to(images.device) for part in masking))
-        return self.reconstruct(images, masking, targets.to(images.device))
+        return self.reconstruct(images, masking, targets.to(images.device), regions)
 
     def _targets(self, masking: Masking, generator: Generator | Tensor) -> Tensor:
         """(B, T) masked tokens in their order, chosen by noise of their own where not all are taken."""
@@ -91,36 +94,42 @@ class MaskedAutoEncoder(nn.Module):
         noise = uniform_noise(generator, B, N - visible)
         return every.gather(1, noise.argsort(dim=1, stable=True)[:, :count]).sort(1).values
 
-    def reconstruct(self, images: Tensor, masking: Masking, targets: Tensor | None = None) -> MAEOutput:
+    def reconstruct(
+        self, images: Tensor, masking: Masking, targets: Tensor | None = None, regions: Tensor | None = None
+    ) -> MAEOutput:
         """The pass with a masking that is known already.
 
         Args:
             images: (B, C, H, W).
             masking: which tokens are visible.
             targets: (B, T), positions to predict; None predicts all N, row by row.
+            regions: (B, h, w) coverage of each token by the chest, for its weight in the loss.
         """
         grid = self.encoder.grid(images.shape[2], images.shape[3])
         if targets is None:
             targets = torch.arange(masking.mask.shape[1], device=images.device).expand(len(images), -1)
-        patches, seen = self.patchify(images), images
-        if self.encoder.overlapping:
-            pixels = patches * (1 - masking.mask[..., None]).to(images.dtype)
+        patches, seen, blank = self.patchify(images), images, self.decoder.mask_patch
+        if self.encoder.overlapping or blank is not None:
+            masked = masking.mask[..., None].to(images.dtype)
+            pixels = patches * (1 - masked) + (masked * blank.to(images.dtype) if blank is not None else 0)
             seen = self.unpatchify(pixels, (images.shape[2], images.shape[3]))
-        tokens = self.encoder.embed(seen)
-        visible = tokens.gather(1, masking.keep[..., None].expand(-1, -1, tokens.shape[2]))
+        keep = masking.keep if blank is None else None
+        tokens = self.encoder.embed(seen) if keep is None else self.encoder.embed_visible(seen, keep)
         encode = self.encoder.encode_layers if self.decoder.every_layer else self._encode_last
-        layers = encode(visible, grid, masking.keep)
+        layers = encode(tokens, grid, keep)
         prediction = self.decoder(layers, masking, grid, targets)
         wanted = patches.gather(1, targets[..., None].expand(-1, -1, patches.shape[2]))
         if self.normalize_patches:
             mean, deviation = self._statistics(wanted)
             wanted = (wanted - mean) / deviation
         errors = (prediction.float() - wanted.float()).square().mean(-1)
-        masked = masking.mask.gather(1, targets)
-        loss = (errors * masked).sum(1) / masked.sum(1).clamp(min=1)
+        weight = masking.mask.gather(1, targets)
+        if regions is not None and self.chest_weight != 1:
+            weight = weight * (1 + (self.chest_weight - 1) * regions.flatten(1).gather(1, targets))
+        loss = (errors * weight).sum(1) / weight.sum(1).clamp(min=1e-6)
         return MAEOutput(loss, prediction, targets, masking, layers[-1])
 
-    def _encode_last(self, tokens: Tensor, grid: tuple[int, int], keep: Tensor) -> list[Tensor]:
+    def _encode_last(self, tokens: Tensor, grid: tuple[int, int], keep: Tensor | None) -> list[Tensor]:
         return [self.encoder.encode(tokens, grid, keep)]
 
     def patchify(self, images: Tensor) -> Tensor:

@@ -6,7 +6,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from medxray.data import Studies, StudyImages
@@ -32,11 +34,26 @@ class Task(nn.Module, ABC):
             names none: None where one must be named, {} where the section may be absent.
         metrics: names of the metrics when a spec lists none.
         reports: whether every study must have a report.
+        repeats: how many times a step learns from each of its studies, as when an image gets several masks.
+        segment: pixels (1, H, W) and view -> (s, t) coverage by the chest, for tasks that want regions; None for others.
+        grid: (h, w) tokens of an image, with `segment`.
+        learner: what a step runs over images (B, C, H, W), with `channels`; None where a step takes more than images.
     """
 
     sections: ClassVar[dict[str, dict[str, Any] | None]]
     metrics: ClassVar[tuple[str, ...]]
     reports: ClassVar[bool] = False
+    repeats: int = 1
+    segment: Callable[[NDArray[np.float32], str], Tensor] | None = None
+    grid: tuple[int, int] | None = None
+
+    @property
+    def learner(self) -> nn.Module | None:
+        return None
+
+    def learner_says(self, output: Any) -> dict[str, str]:
+        """What `medxray show` tells of the learner's output beside its cost."""
+        return {}
 
     def __init__(self, spec: Spec, encoder: Encoder | None = None) -> None:
         super().__init__()
@@ -103,6 +120,9 @@ class Task(nn.Module, ABC):
         """
         check_features(tried(self.encoder, *height_width(self.spec.data.image_size)), self.encoder)
 
+    def complete(self, images: StudyImages, *, progress: bool = False) -> None:
+        """Adds to the images of a split what the task wants beside their pixels, such as where the chest is."""
+
     def watch(self, images: StudyImages) -> None:
         """Gets the training images before a fit, for tasks that look at them beside the batch."""
 
@@ -149,6 +169,19 @@ class Task(nn.Module, ABC):
         self, images: StudyImages, predictions: Sequence[Prediction], train: StudyImages | None
     ) -> list[StudyCard]:
         """What `report.html` shows of single studies."""
+        return []
+
+    def pictures(self, batch: Batch, folder: Path, name: str) -> list[Path]:
+        """Draws studies into PNG files of a folder, which it makes; called after each epoch and on demand.
+
+        Args:
+            batch: on the model's device; the model is in evaluation.
+            folder: where they go.
+            name: begins each file's name.
+
+        Returns:
+            The files; none where a task draws nothing.
+        """
         return []
 
     def encode(self, batch: Batch) -> Features:

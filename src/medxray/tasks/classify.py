@@ -1,31 +1,48 @@
 """Classification: encoder and head, one logit a label."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from medxray.classify import HEADS
-from medxray.data import Studies, StudyImages
-from medxray.encoders import Encoder
+from medxray.classify import HEADS, HeadSettings, JoiningHead, MemoryHead
+from medxray.classify.losses import label_losses, positive_rates
+from medxray.data import Studies, StudyImages, seed_of
+from medxray.encoders import Encoder, JoinableEncoder
 from medxray.spec import Spec
-from medxray.tasks import Task
-from medxray.types import Batch, Prediction, SpecError
+from medxray.tasks import Task, join_views
+from medxray.types import Batch, Features, Prediction, SpecError
 from medxray.visual import StudyCard
 
 
 class Classify(Task):
-    """Binary cross-entropy over the labels that are known to be present or absent; uncertain and missing ones
-    count for nothing."""
+    """Binary cross-entropy, or the head's other `loss`, over the labels that are known to be present or absent; uncertain
+    and missing ones count for nothing.
+
+    Attributes:
+        rates: for each label the share of the training studies that have it, among those for which it is known.
+        members: how many training studies the head keeps.
+        joined: the head's tokens go through the encoder's last block; `encode` then stops before it.
+    """
 
     sections: ClassVar[dict[str, dict[str, Any] | None]] = {"encoder": None, "head": {"name": "linear"}}
     metrics = ("auroc", "average-precision")
 
     def __init__(self, spec: Spec, encoder: Encoder | None = None) -> None:
         super().__init__(spec, encoder)
+        assert isinstance(spec.head, HeadSettings)
+        self.exponential = spec.head.loss == "exponential"
+        self.rates: list[float] = []
+        self.members = 0
+        self.joined = False
+        if issubclass(HEADS.get(spec.head.name), MemoryHead) and not self.frozen_encoder:
+            raise SpecError(
+                f"head.name: {spec.head.name!r} keeps features of the training studies, which must not change; set "
+                "encoder.trainable: false"
+            )
         if spec.data.labels:
             self._set_labels(list(spec.data.labels))
 
@@ -39,29 +56,85 @@ class Classify(Task):
         self.labels = labels
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.spec.seed)
-            self.head = HEADS.build(self.spec.head, self.encoder.width, len(labels))
+            head = HEADS.build(self.spec.head, self.encoder.width, len(labels))
+        if isinstance(head, JoiningHead) and isinstance(self.encoder, JoinableEncoder) and not self.frozen_encoder:
+            head.join()
+            self.joined = True
+        if isinstance(head, MemoryHead):
+            head.reserve(self.members)
+        device = next((p.device for p in self.encoder.parameters()), torch.device("cpu"))
+        self.head = head.to(device)
 
     def prepare(self, studies: Studies) -> None:
         super().prepare(studies)
+        train = studies.splits["train"]
+        self.members = len(train)
         self._set_labels(self.labels)
+        rows = [[row[label] for label in self.labels] for row in train["labels"]]
+        values = torch.tensor([[torch.nan if v is None else v for v in row] for row in rows], dtype=torch.float32)
+        self.rates = positive_rates(values).tolist()
+        self.head.read_labels(self.labels)
+
+    def state(self) -> dict[str, Any]:
+        return {**super().state(), "rates": self.rates, "members": self.members}
 
     def load_state(self, state: dict[str, Any]) -> None:
         super().load_state(state)
+        # Runs of before have neither.
+        self.rates, self.members = state.get("rates", []), state.get("members", 0)
         self._set_labels(self.labels)
+
+    @torch.no_grad()
+    def watch(self, images: StudyImages) -> None:
+        if not isinstance(self.head, MemoryHead):
+            return
+        self.eval()
+        device = next(self.encoder.parameters()).device
+        pooled, owners = [], []
+        for batch in images.still().batches(self.spec.training.batch_size):
+            pooled.append(self.study_features(batch.to(device)).pooled.float())
+            owners.append(self._owners(batch))
+        labels = torch.from_numpy(images.label_array(self.labels))
+        self.head.fill(torch.cat(pooled), labels.to(device), torch.cat(owners))
 
     def items(self, batch: Batch) -> int:
         return int((batch.labels >= 0).sum())
 
+    def encode(self, batch: Batch) -> Features:
+        """As in `Task`; where the head is joined, before the encoder's last block and with all of its tokens."""
+        if not self.joined:
+            return super().encode(batch)
+        assert isinstance(self.encoder, JoinableEncoder)
+        B, V = batch.pixels.shape[:2]
+        flat = self.encoder.before_last(batch.pixels.flatten(0, 1))
+        return Features(flat.tokens.unflatten(0, (B, V)), flat.grid, flat.pooled.unflatten(0, (B, V)))
+
     def logits(self, batch: Batch) -> Tensor:
         """(B, K)."""
-        logits: Tensor = self.head(self.study_features(batch))
+        features = self.encode(batch)
+        study = join_views(features, batch.view_mask, self.spec.data.views)
+        if isinstance(self.head, MemoryHead):
+            logits: Tensor = self.head(study, self._owners(batch))
+        elif self.joined:
+            assert isinstance(self.encoder, JoinableEncoder) and features.grid is not None
+            logits = self.head(study, functools.partial(self.encoder.last, study.tokens, features.grid))
+        else:
+            logits = self.head(study)
         return logits
+
+    def _owners(self, batch: Batch) -> Tensor:
+        """Whose studies they are, as numbers (B,); a study without a patient is one of its own."""
+        owners = [
+            seed_of("patient", patient) if patient else seed_of("study", study)
+            for study, patient in zip(batch.study_ids, batch.patient_ids, strict=True)
+        ]
+        return torch.tensor(owners, dtype=torch.int64, device=batch.view_mask.device)
 
     def forward(self, batch: Batch, items: Tensor | int | None = None) -> Tensor:
         logits = self.logits(batch).float()
-        known = batch.labels >= 0
-        losses = F.binary_cross_entropy_with_logits(logits, batch.labels.clamp(min=0).nan_to_num(0), reduction="none")
-        return (losses * known).sum() / (items if items is not None else known.sum().clamp(min=1))
+        rates = torch.tensor(self.rates, device=logits.device) if self.exponential else None
+        losses = label_losses(logits, batch.labels, rates)
+        return losses.sum() / (items if items is not None else (batch.labels >= 0).sum().clamp(min=1))
 
     def predict(self, batch: Batch) -> list[Prediction]:
         probabilities = self.logits(batch).float().sigmoid().tolist()

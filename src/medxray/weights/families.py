@@ -4,9 +4,13 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
+
+from medxray.types import WeightsError
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,19 @@ FAMILIES = (
         "vit",
         "mae_pretrain_vit_*.pth of github.com/facebookresearch/mae, files of github.com/lambert-x/medical_mae",
         {"size": "base", "weights": "FILE"},
+    ),
+    Family(
+        "ViTMAE",
+        "vit",
+        "huggingface.co/facebook/vit-mae-*, or a folder of transformers' ViTMAEModel or ViTMAEForPreTraining",
+        {"size": "base", "weights": "facebook/vit-mae-base"},
+    ),
+    Family(
+        "ViT and DeiT",
+        "vit",
+        "timm's vit_* and deit_* with a class token, as a file or a folder; huggingface.co/google/vit-*; position_grid is "
+        "the side of the images that they were made for over the patch",
+        {"size": "base", "positions": "learned", "position_grid": 14, "weights": "google/vit-base-patch16-224-in21k"},
     ),
     Family(
         "HD X-ray MAE",
@@ -177,3 +194,102 @@ def to_hub(state: Mapping[str, Tensor], model_type: str) -> dict[str, Tensor]:
         else:
             renamed[key] = value
     return renamed
+
+
+_VIT_OF_THE_HUB = (
+    (r"^vit\.", ""),
+    (r"^decoder\.decoder_(encoder\.layer|layers)\.", "decoder_blocks."),
+    (r"^decoder\.", ""),
+    (r"^(encoder\.layer|layers)\.", "blocks."),
+    (r"^embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
+    (r"^embeddings\.position_embeddings$", "pos_embed"),
+    (r"^embeddings\.", ""),
+    (r"\.layernorm_before\.", ".norm1."),
+    (r"\.layernorm_after\.", ".norm2."),
+    (r"\.attention\.(attention\.query|q_proj)\.", ".attn.0."),
+    (r"\.attention\.(attention\.key|k_proj)\.", ".attn.1."),
+    (r"\.attention\.(attention\.value|v_proj)\.", ".attn.2."),
+    (r"\.attention\.(output\.dense|o_proj)\.", ".attn.proj."),
+    (r"\.intermediate\.dense\.", ".mlp.fc1."),
+    (r"(blocks\.\d+)\.output\.dense\.", r"\1.mlp.fc2."),
+    (r"^layernorm\.", "norm."),
+)
+
+
+def from_hub(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """transformers' ViT and ViTMAE, encoder and decoder, under the names of MAE and timm; others stay as they are.
+
+    Known are the names of its files and those of its modules.
+    """
+    if not any(key.endswith("embeddings.patch_embeddings.projection.weight") for key in state):
+        return dict(state)
+    renamed: dict[str, Tensor] = {}
+    for key, value in state.items():
+        for pattern, replacement in _VIT_OF_THE_HUB:
+            key = re.sub(pattern, replacement, key)
+        renamed[key] = value
+    for key in [key for key in renamed if ".attn.0." in key]:
+        parts = [key.replace(".attn.0.", f".attn.{i}.") for i in range(3)]
+        if all(part in renamed for part in parts):
+            renamed[key.replace(".attn.0.", ".attn.qkv.")] = torch.cat([renamed.pop(part) for part in parts])
+    return renamed
+
+
+@dataclass(frozen=True)
+class Told:
+    """What stands beside the tensors of a folder and they cannot show themselves; None where nothing does.
+
+    Attributes:
+        heads, decoder_heads: of attention, in the encoder and the pixel decoder.
+        eps: LayerNorm's.
+        activation: of the MLP.
+        image: (H, W) pixels that it was made for.
+        colours: means and deviations that images of three channels were normalised with.
+    """
+
+    heads: int | None = None
+    decoder_heads: int | None = None
+    eps: float | None = None
+    activation: str | None = None
+    image: tuple[int, int] | None = None
+    colours: tuple[tuple[float, ...], tuple[float, ...]] | None = None
+
+
+def told_by(config: Path, preprocessor: Path) -> Told:
+    """Reads the config.json of transformers or timm, and transformers' preprocessor_config.json where there is one.
+
+    Raises:
+        WeightsError: one of them is not JSON.
+    """
+    found: list[dict[str, Any]] = []
+    for path in (config, preprocessor):
+        try:
+            held = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        except (OSError, ValueError) as error:
+            raise WeightsError(f"{path} cannot be read: {error}; fetch the folder again") from error
+        found.append(held if isinstance(held, dict) else {})
+    own, images = found
+    if "architecture" in own:
+        model, images = own.get("model_args") or {}, own.get("pretrained_cfg") or {}
+        size, means, stds = images.get("input_size", [None])[1:], images.get("mean"), images.get("std")
+        heads = model.get("num_heads")
+        return Told(heads, image=_pair(model.get("img_size") or size), colours=_colours(means, stds))
+    return Told(
+        own.get("num_attention_heads"),
+        own.get("decoder_num_attention_heads"),
+        own.get("layer_norm_eps"),
+        own.get("hidden_act"),
+        _pair(own.get("image_size")),
+        _colours(images.get("image_mean"), images.get("image_std")),
+    )
+
+
+def _pair(size: int | list[int] | None) -> tuple[int, int] | None:
+    """A side, or [height, width]."""
+    if isinstance(size, int):
+        return size, size
+    return (int(size[0]), int(size[1])) if size and len(size) == 2 else None
+
+
+def _colours(means: Any, stds: Any) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    return (tuple(means), tuple(stds)) if means and stds and len(means) == len(stds) == 3 else None

@@ -4,12 +4,27 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
 from pydantic import Field
 
 from medxray.data.seeds import seed_of
 from medxray.registry import Registry, Settings
 from medxray.types import DataError, Study
+
+
+class Locality(NamedTuple):
+    """Which images are best read together.
+
+    Attributes:
+        parts: (n,) int64, the part of the data set that each lies in, such as a row group.
+        window: so many parts are at hand at a time.
+    """
+
+    parts: NDArray[np.int64]
+    window: int
 
 
 class Reader(ABC):
@@ -31,6 +46,27 @@ class Reader(ABC):
         Raises:
             DataError: with the file, the field and the cure.
         """
+
+    def open(self, image: str) -> Path | bytes:
+        """The file of an image as `read` names it, or what such a file would hold.
+
+        Raises:
+            ImageError: it cannot be read.
+        """
+        return self.root / image
+
+    def exists(self, image: str) -> bool:
+        """Whether there is something to open; what it holds is not looked at."""
+        return os.path.isfile(os.path.join(self.root, image))
+
+    def stamp(self, image: str) -> str:
+        """Changes when an image does: its name, and size and time of the file that it lies in."""
+        stat = os.stat(os.path.join(self.root, image))
+        return f"{image} {stat.st_size} {stat.st_mtime_ns}"
+
+    def locality(self, images: Sequence[str]) -> Locality | None:
+        """Which of these images are read together; None where each is a file of its own."""
+        return None
 
     def inside(self, path: str, where: str) -> str:
         """A path as written in a data set -> the same relative to `root`.
@@ -79,6 +115,14 @@ class Reader(ABC):
         if folder not in self._real:
             self._real[folder] = os.path.realpath(folder)
         return self._real[folder]
+
+
+class Files(Reader):
+    """Images that are files below a root, whatever lists them."""
+
+    def read(self) -> Iterable[Study]:
+        """None: it knows of no study."""
+        return ()
 
 
 def split_of(patient: str) -> str:
@@ -131,7 +175,9 @@ READERS: Registry[Reader] = Registry(
     {
         "iu-xray": "medxray.data.readers.iu_xray:IUXRay",
         "csv": "medxray.data.readers.csv:CSV",
+        "parquet": "medxray.data.readers.parquet:Parquet",
         "phantom": "medxray.data.readers.phantom:Phantom",
+        "webdataset": "medxray.data.readers.webdataset:WebDataset",
     },
     group="medxray.readers",
     context=("root",),

@@ -46,9 +46,13 @@ class Table:
     def __len__(self) -> int:
         return len(self.lines)
 
+    def place(self, row: int) -> str:
+        """Where in the file a row stands."""
+        return f"line {self.lines[row]}"
+
     def where(self, row: int) -> str:
         """File and line of a row, as messages begin."""
-        return f"{self.path}, line {self.lines[row]}"
+        return f"{self.path}, {self.place(row)}"
 
     def __getitem__(self, column: str) -> list[str]:
         """The cells of a column that must be there.
@@ -183,7 +187,7 @@ class CSV(Reader):
                 if other is not None:
                     raise DataError(
                         f"{table.where(other)}: study {name!r} has {column} {_short(cells[other])}, but "
-                        f"{_short(cells[first])} on line {table.lines[first]}; rows of one study must agree"
+                        f"{_short(cells[first])} on {table.place(first)}; rows of one study must agree"
                     )
             images = [self.inside(paths[row], table.where(row)) for row in own]
             if len(set(images)) < len(images):
