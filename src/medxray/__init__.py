@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from medxray.data.images import read_image
     from medxray.data.readers import READERS as readers
     from medxray.data.readers import Reader
-    from medxray.encoders import Encoder, MaskableEncoder
+    from medxray.encoders import Encoder, JoinableEncoder, MaskableEncoder
     from medxray.llm import PROJECTORS as projectors
     from medxray.llm import REPORT_DECODERS as report_decoders
     from medxray.llm import Projector, ReportDecoder
@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from medxray.pipeline import Pipeline, build, load
     from medxray.pretrain import MASKERS as maskers
     from medxray.pretrain import PIXEL_DECODERS as pixel_decoders
-    from medxray.pretrain import Masker, PixelDecoder
+    from medxray.pretrain import SEGMENTERS as segmenters
+    from medxray.pretrain import Masker, PixelDecoder, Segmenter
     from medxray.retrieval import RETRIEVERS as retrievers
     from medxray.retrieval import Retriever
     from medxray.spec import Spec
@@ -42,12 +43,15 @@ _PLACES = {
     "Prediction": "types",
     "Scores": "types",
     "Encoder": "encoders",
+    "JoinableEncoder": "encoders",
     "MaskableEncoder": "encoders",
     "Head": "classify",
     "heads": "classify:HEADS",
     "Masker": "pretrain",
     "PixelDecoder": "pretrain",
+    "Segmenter": "pretrain",
     "maskers": "pretrain:MASKERS",
+    "segmenters": "pretrain:SEGMENTERS",
     "pixel_decoders": "pretrain:PIXEL_DECODERS",
     "Projector": "llm",
     "ReportDecoder": "llm",
@@ -72,6 +76,7 @@ __all__ = [
     "Encoder",
     "Features",
     "Head",
+    "JoinableEncoder",
     "MaskableEncoder",
     "Masker",
     "MedxrayError",
@@ -84,6 +89,7 @@ __all__ = [
     "ReportDecoder",
     "Retriever",
     "Scores",
+    "Segmenter",
     "Spec",
     "Task",
     "build",
@@ -98,6 +104,7 @@ __all__ = [
     "readers",
     "report_decoders",
     "retrievers",
+    "segmenters",
     "tasks",
 ]
 

@@ -17,16 +17,29 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, angles: Tensor | None = None) -> Tensor:
-        """x (B, N, D) -> (B, N, D); `angles` as `rotary_positions` gives them, (N, d / 2) or (B, 1, N, d / 2) for heads
-        of d channels, turn queries and keys."""
+    def forward(self, x: Tensor, angles: Tensor | None = None, rows: Tensor | None = None) -> Tensor:
+        """x (B, N, D) -> (B, N, D), or (B, T, D) of the tokens `rows` (B, T) alone, which look at all.
+
+        `angles` as `rotary_positions` gives them, (N, d / 2) or (B, 1, N, d / 2) for heads of d channels, turn queries
+        and keys; they go with no rows.
+        """
         D = x.shape[2]
         # Split by channels, so that the gradients of all three are put side by side in one copy.
-        q, k, v = (part.unflatten(2, (self.heads, -1)).transpose(1, 2) for part in self.qkv(x).split(D, dim=2))
+        if rows is None:
+            parts = self.qkv(x).split(D, dim=2)
+        else:
+            weight, bias = self.qkv.weight.split([D, 2 * D]), self.qkv.bias.split([D, 2 * D])
+            parts = (F.linear(chosen(x, rows), weight[0], bias[0]), *F.linear(x, weight[1], bias[1]).split(D, dim=2))
+        q, k, v = (part.unflatten(2, (self.heads, -1)).transpose(1, 2) for part in parts)
         if angles is not None:
             q, k = _turned(q, angles), _turned(k, angles)
         out: Tensor = self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
         return out
+
+
+def chosen(x: Tensor, rows: Tensor) -> Tensor:
+    """The tokens `rows` (B, T) of x (B, N, D)."""
+    return x.gather(1, rows[..., None].expand(-1, -1, x.shape[2]))
 
 
 class MLP(nn.Module):
@@ -99,9 +112,10 @@ class Block(nn.Module):
             nn.Identity() if layer_scale is None else LayerScale(width, layer_scale) for _ in range(2)
         )
 
-    def forward(self, x: Tensor, angles: Tensor | None = None) -> Tensor:
-        """x (B, N, D) -> (B, N, D); `angles` as in `Attention`."""
-        x = x + self.drop_path(self.ls1(self.attn(self.norm1(x), angles)))
+    def forward(self, x: Tensor, angles: Tensor | None = None, rows: Tensor | None = None) -> Tensor:
+        """x (B, N, D) -> (B, N, D); `angles` and `rows` as in `Attention`."""
+        branch = self.drop_path(self.ls1(self.attn(self.norm1(x), angles, rows)))
+        x = branch + (x if rows is None else chosen(x, rows))
         out: Tensor = x + self.drop_path(self.ls2(self.mlp.after(self.norm2, x)))
         return out
 

@@ -52,7 +52,7 @@ def build(
     if encoder is None:
         return Pipeline(Spec.read(spec, overrides))
     read = Spec.read(spec, overrides)
-    replaced = {**read.to_dict(), "encoder": {"name": "module"}}
+    replaced = {**read.to_dict(), "encoder": {"name": "module", "trainable": getattr(read.encoder, "trainable", True)}}
     return Pipeline(Spec.read(replaced), encoder)
 
 

@@ -125,6 +125,16 @@ def test_own_encoder_three_ways(phantom: Path, tmp_path: Path, monkeypatch: pyte
     assert again.predict(file).text == text
 
 
+def test_a_module_is_frozen_where_the_spec_says_so(phantom: Path, tmp_path: Path) -> None:
+    module = torch.nn.Sequential(torch.nn.Conv2d(1, 8, 16, 16), torch.nn.Conv2d(8, 8, 1))
+    overrides = {"encoder": {"trainable": False}, "output": str(tmp_path / "frozen")}
+    pipeline = medxray.build(spec(phantom, tmp_path / "x", training={"steps": 2, "batch_size": 8}), overrides, encoder=module)
+    before = [p.clone() for p in module.parameters()]
+    pipeline.fit(progress=False)
+    assert pipeline.task.frozen_encoder and not any(p.requires_grad for p in module.parameters())
+    assert all(torch.equal(a, b) for a, b in zip(before, module.parameters(), strict=True))
+
+
 def test_a_run_feeds_the_next_and_frozen_features_are_computed_once(
     phantom: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from medxray.encoders import MaskableEncoder
-from medxray.layers import MLP, Block, initialise, sincos_positions
+from medxray.layers import MLP, Block, chosen, initialise, sincos_positions
 from medxray.pretrain import Masking, PixelDecoder
 
 
@@ -49,10 +49,11 @@ class SelfAttentionDecoder(PixelDecoder):
         tokens = torch.cat([x[:, 1:], missing], dim=1).gather(1, restore[..., None].expand(-1, -1, D))
         tokens = tokens + sincos_positions(D, *grid, tokens.device, self.position_grid).to(x.dtype)
         x = torch.cat([x[:, :1], tokens], dim=1)
-        for block in self.decoder_blocks:
+        for block in self.decoder_blocks[:-1]:
             x = block(x)
-        chosen = x[:, 1:].gather(1, targets[..., None].expand(-1, -1, D))
-        patches: Tensor = self.decoder_pred(self.decoder_norm(chosen))
+        # Behind the last block nothing asks for the others.
+        x = self.decoder_blocks[-1](x, rows=1 + targets)
+        patches: Tensor = self.decoder_pred(self.decoder_norm(x))
         return patches
 
 
@@ -148,8 +149,7 @@ class LinearDecoder(PixelDecoder):
     def forward(
         self, layers: Sequence[Tensor], masking: Masking, grid: tuple[int, int], targets: Tensor
     ) -> Tensor:
-        tokens = layers[-1][:, 1:]
-        patches: Tensor = self.decoder_pred(tokens.gather(1, targets[..., None].expand(-1, -1, tokens.shape[2])))
+        patches: Tensor = self.decoder_pred(chosen(layers[-1], 1 + targets))
         return patches
 
 

@@ -59,6 +59,8 @@ class Task(nn.Module, ABC):
         super().__init__()
         self.spec = spec
         self.encoder = encoder if encoder is not None else build_encoder(spec)
+        if encoder is not None and self.frozen_encoder:
+            freeze(encoder)
         self.labels: list[str] = []
         self.views = 1
 
