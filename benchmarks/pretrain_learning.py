@@ -39,7 +39,7 @@ def measure(folder: Path, seed: int, masker: str, epochs: float) -> dict[str, fl
         overrides = {
             "data": data,
             "masker": MASKERS[masker],
-            "training": {"epochs": epochs, "pictures": 0},
+            "training": {"epochs": epochs, "batch_size": 16, "pictures": 0},
         }
         medxray.build("hd-mae-phantom", {**overrides, "seed": seed, "output": weights}).fit(progress=False)
 
