@@ -17,6 +17,8 @@ from pathlib import Path
 from statistics import mean
 
 SIZE, STUDIES = 256, 2400
+# As many tokens an image as the spec has at its own 128 px.
+PATCH = 32
 MASKERS = {
     "random": {"name": "random", "ratio": 0.75},
     "contour": {"name": "contour", "ratio": 0.75, "inner": 0.85, "outer": 0.68},
@@ -37,23 +39,25 @@ def measure(folder: Path, seed: int, masker: str, epochs: float) -> dict[str, fl
     if masker in MASKERS:
         weights = str(folder / "pretrain")
         overrides = {
-            "data": data,
+            "data": {**data, "views": "average"},
+            "encoder": {"patch": PATCH},
             "masker": MASKERS[masker],
             "training": {"epochs": epochs, "batch_size": 16, "pictures": 0},
         }
         medxray.build("hd-mae-phantom", {**overrides, "seed": seed, "output": weights}).fit(progress=False)
 
     def judged(run: str, **overrides: object) -> float:
-        spec = {"data": {**data, **overrides.pop("data", {})}, "seed": seed, "output": str(folder / run), **overrides}
+        encoder = {"patch": PATCH, "weights": weights, **overrides.pop("encoder", {})}
+        common = {"data": {**data, **overrides.pop("data", {})}, "encoder": encoder, "seed": seed}
+        spec = {**common, "output": str(folder / run), **overrides}
         return medxray.build("classify-phantom", spec).fit(progress=False).evaluate(progress=False)["auroc"].value
 
-    frozen = {"encoder": {"weights": weights, "trainable": False}, "data": {"crop": 1.0}}
+    frozen = {"encoder": {"trainable": False}, "data": {"crop": 1.0}}
     found = {"linear probe": judged("probe", **frozen, head={"pooling": "encoder"}, training={"epochs": 30})}
     # Random masks are compared by the probe alone.
     for fraction in FRACTIONS if masker != "random" else ():
         found[f"fine-tuned on {fraction:.0%}"] = judged(
             f"fine-tuned-{fraction}",
-            encoder={"weights": weights},
             data={"fraction": fraction},
             training={"epochs": None, "steps": 120, "batch_size": 16, "evaluate_steps": 30, "learning_rate": 1e-3},
         )

@@ -215,8 +215,12 @@ class Spec(Section):
                     problems.append(f"{section}: not used by task {data['task']!r}; remove it (uses: {', '.join(sections)})")
                 data.pop(section, None)
                 continue
-            if section not in data and sections[section] is not None:
-                data[section] = sections[section]
+            usual = sections[section]
+            if section not in data and usual is not None:
+                data[section] = usual
+            elif usual and isinstance(data.get(section), dict) and "name" not in data[section]:
+                # `segmenter.stored=...` alone means the part that the task takes when none is named.
+                data[section] = {"name": usual["name"], **data[section]}
             told = len(problems)
             model = _model_for(section, data, section, problems)
             optional = sections[section] == {}

@@ -142,6 +142,7 @@ def test_mistakes_are_told(phantom: Path, tmp_path: Path) -> None:
     for change, word in (
         ({"segmenter": {"name": "clasical"}}, "segmenter.name: unknown segmenter 'clasical'; did you mean 'classical'"),
         ({"segmenter": {"name": "classical", "stored": "masks"}}, "segmenter.stored"),
+        ({"segmenter": {"stored": "masks"}}, "segmenter.stored"),
         ({"masker": {"name": "contour", "inner": 1.0}}, "masker.inner"),
         ({"masker": {"name": "contour", "repeats": 0}}, "masker.repeats"),
         ({"encoder": {"name": "vmamba"}}, "MaskableEncoder"),
