@@ -1,4 +1,4 @@
-"""Where the chest is in a radiograph, and that for every image of a data set."""
+"""Where the chest is in a radiograph."""
 
 import math
 from functools import cache
