@@ -4,6 +4,7 @@
     python benchmarks/pretrain.py --size 640   # a quarter of the pixels
     python benchmarks/pretrain.py --specs      # one whole step of the specs of 1,280 px, beside what medxray show says
     python benchmarks/pretrain.py --masks      # what a mask costs of a step
+    python benchmarks/pretrain.py --gpu        # images a second and memory of the same cases on CUDA, bfloat16
 
 ViT-B, patches of 16, one gray image, three quarters masked, forward and backward. Every case runs in a process of its own,
 so that its peak of memory is its own, and takes turns with the others: each time is the least of its rounds. Memory is what is
@@ -107,6 +108,32 @@ def measure_spec(name: str) -> None:
             print(f"| {name} | {seconds:.1f} | {shown} | {kept / 2**20:,.1f} MiB | {most:.1f} GiB |", flush=True)
 
 
+def gpu(size: int, batch: int, steps: int = 10) -> None:
+    """Images a second and peak of memory, weights in float32 and arithmetic in bfloat16 by autocast."""
+    print("| case | images a second | of the peer | GiB | of the peer |\n| --- | --- | --- | --- | --- |", flush=True)
+    peer: tuple[float, float] | None = None
+    for case, settings in CASES.items():
+        torch.manual_seed(0)
+        with torch.device("cuda"):
+            step = theirs(size, torch.float32) if case == PEER else ours(size, torch.float32, settings)
+            images = torch.randn(batch, 1, size, size)
+        torch.cuda.reset_peak_memory_stats()
+        for i in range(3 + steps):
+            if i == 3:
+                torch.cuda.synchronize()
+                started = time.perf_counter()
+            with torch.autocast("cuda", torch.bfloat16):
+                loss = step(images)
+            loss.backward()
+        torch.cuda.synchronize()
+        speed = steps * batch / (time.perf_counter() - started)
+        memory = torch.cuda.max_memory_allocated() / 2**30
+        peer = peer or (speed, memory)
+        print(f"| {case} | {speed:.1f} | {speed / peer[0]:.2f} | {memory:.1f} | 1 / {peer[1] / memory:.2f} |", flush=True)
+        del step, loss
+        torch.cuda.empty_cache()
+
+
 def masks(size: int) -> None:
     """Seconds of each masker for a batch of 8, beside those of a step of `hd-mae-1280` for one image."""
     grid, seeds = (size // 16, size // 16), torch.arange(8)
@@ -133,6 +160,8 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], nargs="*", default=["float32", "bfloat16"])
     parser.add_argument("--specs", action="store_true", help="one step of each spec of 1,280 px")
     parser.add_argument("--masks", action="store_true", help="what the maskers take")
+    parser.add_argument("--gpu", action="store_true", help="the cases on CUDA")
+    parser.add_argument("--batch", type=int, default=2, help="images of a step on CUDA")
     parser.add_argument("--measure", choices=(*CASES, *SPECS), help=argparse.SUPPRESS)
     chosen = parser.parse_args()
     if chosen.measure in SPECS:
@@ -140,6 +169,11 @@ def main() -> None:
         return
     if chosen.measure:
         measure(chosen.measure, chosen.size, getattr(torch, chosen.dtype[0]))
+        return
+    if chosen.gpu:
+        if not torch.cuda.is_available():
+            sys.exit("--gpu: torch sees no CUDA device here; leave it out to measure on the CPU")
+        gpu(chosen.size, chosen.batch)
         return
     if chosen.masks:
         masks(chosen.size)
