@@ -40,6 +40,7 @@ SMALL: dict[str, list[dict[str, Any]]] = {
         {"width": 32, "depth": 2, "heads": 2},
         {"width": 32, "depth": 2, "heads": 2, "registers": 2, "layer_scale": 1e-4},
     ],
+    "hd-vit": [{"width": 32, "depth": 2, "heads": 2, "patch": 32}],
     "vim": [{"width": 32, "depth": 2, "head": 16}],
     "vmamba": [{"dims": 8}, {"dims": 8, "version": "v0", "ssm_ratio": 2.0, "state": 2}],
     # A map with channels first, a sequence, a map with channels last, rotary positions.
