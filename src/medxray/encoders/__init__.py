@@ -6,6 +6,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from medxray.layers import chosen
 from medxray.registry import Registry, Settings
 from medxray.types import Features, MedxrayError, SpecError
 
@@ -50,8 +51,7 @@ class MaskableEncoder(Encoder):
 
     def embed_visible(self, images: Tensor, keep: Tensor) -> Tensor:
         """images (B, C, H, W) -> the tokens `keep` (B, n) of `embed` alone, (B, n, D)."""
-        tokens = self.embed(images)
-        return tokens.gather(1, keep[..., None].expand(-1, -1, tokens.shape[2]))
+        return chosen(self.embed(images), keep)
 
     @abstractmethod
     def encode(self, tokens: Tensor, grid: tuple[int, int], keep: Tensor | None = None) -> Tensor:

@@ -13,7 +13,7 @@ from medxray.encoders import Encoder
 from medxray.encoders.scan import selective_scan
 from medxray.encoders.scan.ssd import ssd
 from medxray.encoders.vit import PatchEmbed, whole_patches
-from medxray.layers import DropPath
+from medxray.layers import DropPath, resample_positions
 from medxray.types import Features
 
 SIZES: dict[str, tuple[int, int]] = {"tiny": (192, 24), "small": (384, 24), "base": (768, 24)}
@@ -204,9 +204,7 @@ class Vim(Encoder):
         if (h, w) == (side, side):
             return self.pos_embed
         before, single, after = self.pos_embed.split([N // 2, 1, N - N // 2], dim=1)
-        table = torch.cat([before, after], 1).mT.unflatten(2, (side, side))
-        table = table.to(torch.promote_types(table.dtype, torch.float32))
-        table = F.interpolate(table, (h, w), mode="bicubic", antialias=True).flatten(2).mT.to(single.dtype)
+        table = resample_positions(torch.cat([before, after], 1), (side, side), (h, w))
         middle = h * w // 2
         return torch.cat([table[:, :middle], single, table[:, middle:]], 1)
 

@@ -46,7 +46,7 @@ class SelfAttentionDecoder(PixelDecoder):
         x, restore = self.decoder_embed(layers[-1]), masking.restore
         B, visible, D = x.shape[0], x.shape[1] - 1, x.shape[2]
         missing = self.mask_token.to(x.dtype).expand(B, restore.shape[1] - visible, -1)
-        tokens = torch.cat([x[:, 1:], missing], dim=1).gather(1, restore[..., None].expand(-1, -1, D))
+        tokens = chosen(torch.cat([x[:, 1:], missing], dim=1), restore)
         tokens = tokens + sincos_positions(D, *grid, tokens.device, self.position_grid).to(x.dtype)
         x = torch.cat([x[:, :1], tokens], dim=1)
         for block in self.decoder_blocks[:-1]:

@@ -6,6 +6,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from medxray.encoders import MaskableEncoder
+from medxray.layers import chosen
 from medxray.pretrain import Masker, Masking, PixelDecoder
 from medxray.pretrain.maskers import uniform_noise
 
@@ -118,7 +119,7 @@ class MaskedAutoEncoder(nn.Module):
         encode = self.encoder.encode_layers if self.decoder.every_layer else self._encode_last
         layers = encode(tokens, grid, keep)
         prediction = self.decoder(layers, masking, grid, targets)
-        wanted = patches.gather(1, targets[..., None].expand(-1, -1, patches.shape[2]))
+        wanted = chosen(patches, targets)
         if self.normalize_patches:
             mean, deviation = self._statistics(wanted)
             wanted = (wanted - mean) / deviation

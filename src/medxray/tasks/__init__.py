@@ -37,7 +37,6 @@ class Task(nn.Module, ABC):
         repeats: how many times a step learns from each of its studies, as when an image gets several masks.
         segment: pixels (1, H, W) and view -> (s, t) coverage by the chest, for tasks that want regions; None for others.
         grid: (h, w) tokens of an image, with `segment`.
-        learner: what a step runs over images (B, C, H, W), with `channels`; None where a step takes more than images.
     """
 
     sections: ClassVar[dict[str, dict[str, Any] | None]]
@@ -46,14 +45,6 @@ class Task(nn.Module, ABC):
     repeats: int = 1
     segment: Callable[[NDArray[np.float32], str], Tensor] | None = None
     grid: tuple[int, int] | None = None
-
-    @property
-    def learner(self) -> nn.Module | None:
-        return None
-
-    def learner_says(self, output: Any) -> dict[str, str]:
-        """What `medxray show` tells of the learner's output beside its cost."""
-        return {}
 
     def __init__(self, spec: Spec, encoder: Encoder | None = None) -> None:
         super().__init__()
@@ -68,6 +59,15 @@ class Task(nn.Module, ABC):
     def frozen_encoder(self) -> bool:
         """True when image features never change, so that they are computed once."""
         return self.spec.encoder is not None and not getattr(self.spec.encoder, "trainable", True)
+
+    @property
+    def learner(self) -> nn.Module | None:
+        """What a step runs over images (B, C, H, W), with `channels`; None where a step takes more than images."""
+        return None
+
+    def learner_says(self, output: Any) -> dict[str, str]:
+        """What `medxray show` tells of the learner's output beside its cost."""
+        return {}
 
     def train(self, mode: bool = True) -> "Task":
         super().train(mode)
