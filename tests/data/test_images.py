@@ -294,6 +294,8 @@ def test_crop_box_follows_its_seed_and_keeps_its_share() -> None:
     for box in boxes:
         assert 0 <= box.top <= 1 - box.height and 0 <= box.left <= 1 - box.width
     assert random_crop_box(3, 1.0) == (0, 0, 1, 1)
+    same = [random_crop_box(seed, 0.49, 0.49) for seed in range(50)]
+    assert all(box.height == box.width == pytest.approx(0.7) for box in same) and len({box.left for box in same}) == 50
 
 
 def test_cut_takes_the_box() -> None:

@@ -1,18 +1,22 @@
+import io
 import json
 import os
+import tarfile
 from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
+import pyarrow as arrow
 import pytest
 from PIL import Image
+from pyarrow import parquet
 
-from medxray.data import clean, load_studies, read_image
+from medxray.data import StudyImages, clean, load_studies, read_image
 from medxray.data.readers import READERS, Reader, split_of, view_of
 from medxray.data.readers.csv import CSV, read_table
 from medxray.data.readers.iu_xray import IUXRay
 from medxray.spec import DataSpec
-from medxray.types import Study
+from medxray.types import DataError, Study
 
 SHARED = Path(os.environ.get("MEDXRAY_SHARED", Path(__file__).parents[2].parent / "shared")) / "data"
 real = pytest.mark.skipif(not SHARED.is_dir(), reason=f"real radiographs are absent: {SHARED}")
@@ -49,6 +53,8 @@ def test_rows_of_a_study_are_grouped_frontal_first(tmp_path: Path) -> None:
         report="Clear lungs.",
         labels={"Effusion": 0, "Mass": None},
         split="train",
+        indication="",
+        prior="",
     )
     assert b["split"] == "val" and b["views"] == ["AP"] and b["labels"] == {"Effusion": 1, "Mass": -1}
 
@@ -291,3 +297,60 @@ def test_a_registered_reader_needs_ten_lines(tmp_path: Path, monkeypatch: pytest
     settings = READERS.settings_of("one-folder")(name="one-folder", root=str(tmp_path))
     studies = load_studies(DataSpec(reader=settings))
     assert studies.splits["train"]["study_id"] == ["a", "b"]
+
+
+def test_r2gens_file_of_mimic_cxr(tmp_path: Path) -> None:
+    """There an entry is an image, and several of them are of one patient."""
+    rows = [
+        {"id": f"d{n}", "study_id": 50 + n // 2, "subject_id": 10 + n // 3, "report": "Clear.", "split": split,
+         "image_path": [f"p10/p1/s{50 + n // 2}/d{n}.jpg"]}
+        for n, split in enumerate(["train", "train", "train", "val"])
+    ]  # fmt: skip
+    for row in rows:
+        path = tmp_path / "images" / row["image_path"][0]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.zeros((4, 4), np.uint8)).save(path)
+    (tmp_path / "annotation.json").write_text(json.dumps({"train": rows[:3], "val": rows[3:], "test": []}))
+    studies = load_studies(DataSpec(reader=READERS.settings_of("iu-xray")(root=str(tmp_path)), cleaning="r2gen-mimic"))
+    assert studies.splits["train"]["patient_id"] == ["10", "10", "10"] and studies.splits["val"]["patient_id"] == ["11"]
+    assert studies.splits["train"]["study_id"] == ["d0", "d1", "d2"]
+    assert studies.splits["train"]["images"][2] == ["images/p10/p1/s51/d2.jpg"]
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet", "webdataset"])
+def test_texts_of_a_study_beside_its_report(kind: str, tmp_path: Path) -> None:
+    """Why it was made and what the study before said: into a batch, and "" where unknown."""
+    rows = [
+        {"study_id": "a", "report": "clear", "why": "cough", "prior": "effusion", "split": "train"},
+        {"study_id": "b", "report": "clear", "why": "", "prior": "", "split": "train"},
+    ]
+    images = [io.BytesIO() for _ in rows]
+    for file in images:
+        Image.new("L", (8, 8)).save(file, "png")
+    if kind == "csv":
+        for i, file in enumerate(images):
+            (tmp_path / f"{i}.png").write_bytes(file.getvalue())
+        lines = [",".join(["path", *rows[0]]), *(f"{i}.png," + ",".join(row.values()) for i, row in enumerate(rows))]
+        (tmp_path / "studies.csv").write_text("\n".join(lines) + "\n")
+    elif kind == "parquet":
+        table = arrow.Table.from_pylist([{**row, "image": file.getvalue()} for row, file in zip(rows, images, strict=True)])
+        parquet.write_table(table, tmp_path / "data.parquet")
+    else:
+        with tarfile.open(tmp_path / "data.tar", "w") as tar:
+            for row, file in zip(rows, images, strict=True):
+                for suffix, data in (("png", file.getvalue()), ("json", json.dumps(row).encode())):
+                    member = tarfile.TarInfo(f"{row['study_id']}.{suffix}")
+                    member.size = len(data)
+                    tar.addfile(member, io.BytesIO(data))
+    reader = {"name": kind, "root": str(tmp_path), "indication": "why"}
+    spec = DataSpec(reader=READERS.settings_of(kind)(**reader), image_size=8)
+    studies = load_studies(spec)
+    images_of = StudyImages(studies.splits["train"], studies.root, spec, channels=1, mean=(0.5,), std=(0.5,), labels=[],
+                            seed=0, train=False, max_views=1, reader=studies.reader)  # fmt: skip
+    (batch,) = images_of.batches(2)
+    assert (batch.indications, batch.priors) == (["cough", ""], ["effusion", ""])
+    (late,) = images_of.still([1]).batches(1)
+    assert (late.indications, late.priors) == ([""], [""])
+    reader["indication"] = "wy"
+    with pytest.raises(DataError, match=r"no column 'wy'; did you mean 'why'\?"):
+        load_studies(DataSpec(reader=READERS.settings_of(kind)(**reader), image_size=8))

@@ -174,6 +174,25 @@ def test_crops_and_seeds_follow_epoch_and_row(tmp_path: Path) -> None:
     assert still[(0, 1)].pixels.equal(still[(1, 1)].pixels)
 
 
+def test_crops_of_one_size(tmp_path: Path) -> None:
+    """An image of 10 x 10 with columns 0 to 9: 8 of 10 columns, beginning anywhere."""
+    write_studies(tmp_path)
+    columns = np.tile(np.arange(10, dtype=np.uint8) * 25, (10, 1))
+    Image.fromarray(columns).save(tmp_path / "s1_0.png")
+    spec = data_spec(tmp_path, image_size=8, crop_from=10)
+    images, still = images_of(tmp_path, spec), images_of(tmp_path, spec, train=False)
+    starts = set()
+    for epoch in range(20):
+        shown = ((images[(epoch, 1)].pixels[0, 0, 0] * 0.25 + 0.5) * 255 / 25).round().int().tolist()
+        assert shown == list(range(shown[0], shown[0] + 8)), "neither another size nor mirrored"
+        starts.add(shown[0])
+    assert starts == {0, 1, 2}
+    assert still[1].pixels.equal(still[(5, 1)].pixels)
+    for wrong in ({"crop": 0.5, "crop_from": 256}, {"crop_from": 100}):
+        with pytest.raises(ValueError, match=r"crop_from must be at least image_size \(224\)"):
+            data_spec(tmp_path, **{"image_size": 224, **wrong})
+
+
 def test_views_of_a_study_are_cropped_alike(tmp_path: Path) -> None:
     write_studies(tmp_path)
     for study in range(1, 8):

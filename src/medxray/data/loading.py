@@ -41,6 +41,8 @@ class Sample:
         seed: all randomness of the sample follows from it.
         features: of a frozen encoder, tokens (v, N, D) and pooled (v, D), where they are known already.
         regions: (v, h, w) float32 coverage of each token by the chest, where it is known.
+        indication: why the study was made; "" where unknown.
+        prior: report of the patient's study before; "" where unknown.
     """
 
     pixels: Tensor
@@ -51,6 +53,8 @@ class Sample:
     seed: int
     features: Features | None = None
     regions: Tensor | None = None
+    indication: str = ""
+    prior: str = ""
 
 
 class StudyImages(torch.utils.data.Dataset[Sample]):
@@ -95,12 +99,14 @@ class StudyImages(torch.utils.data.Dataset[Sample]):
         self.max_views = max_views
         self.seed = seed
         self.train = train
-        self.crops = train and spec.crop < 1
+        self.crops = spec.crops if train else None
         # Arrow rows are slow to take apart one by one.
         table = studies.with_format("arrow")[:]
         self.study_ids: list[str] = table["study_id"].to_pylist()
         self.patient_ids: list[str] = table["patient_id"].to_pylist()
         self.reports: list[str] = table["report"].to_pylist()
+        self.indications: list[str] = table["indication"].to_pylist()
+        self.priors: list[str] = table["prior"].to_pylist()
         self.images: list[list[str]] = [images[:max_views] for images in table["images"].to_pylist()]
         self.views: list[list[str]] = [views[:max_views] for views in table["views"].to_pylist()]
         self.features: Features | None = None
@@ -136,7 +142,7 @@ class StudyImages(torch.utils.data.Dataset[Sample]):
         epoch, index = key if isinstance(key, tuple) else (0, key)
         name = self.study_ids[index]
         seed = seed_of(self.seed, epoch, index) if self.train else seed_of(self.seed, name)
-        box = random_crop_box(seed, self.spec.crop) if self.crops else None
+        box = random_crop_box(seed, *self.crops) if self.crops else None
         features = None
         if self.features is not None:
             views = len(self.images[index])
@@ -158,16 +164,18 @@ class StudyImages(torch.utils.data.Dataset[Sample]):
             seed=seed,
             features=features,
             regions=self._coverage(self.images[index], box) if features is None else None,
+            indication=self.indications[index],
+            prior=self.priors[index],
         )
 
     def still(self, rows: Sequence[int] | None = None) -> "StudyImages":
         """The same studies, or some of their rows, as they are read at prediction: no crops, constant seeds."""
         part = copy.copy(self)
-        part.train = part.crops = False
+        part.train, part.crops = False, None
         # Images kept for crops are of another size.
         part._cache, part._shapes = ({}, {}) if self.crops else (self._cache, self._shapes)
         if rows is not None:
-            for name in ("study_ids", "patient_ids", "reports", "images", "views"):
+            for name in ("study_ids", "patient_ids", "reports", "indications", "priors", "images", "views"):
                 setattr(part, name, [getattr(self, name)[row] for row in rows])
             part.labels = self.labels[list(rows)]
             if self.features is not None:
@@ -175,10 +183,11 @@ class StudyImages(torch.utils.data.Dataset[Sample]):
                 part.features = Features(tokens, self.features.grid, pooled)
         return part
 
-    def batches(self, size: int) -> Iterator[Batch]:
-        """All studies in order, `size` at a time."""
-        for start in range(0, len(self), size):
-            yield self.collate([self[i] for i in range(start, min(start + size, len(self)))])
+    def batches(self, size: int, order: Sequence[int] | None = None) -> Iterator[Batch]:
+        """All studies, or those of some rows, in order, `size` at a time."""
+        rows = range(len(self)) if order is None else order
+        for start in range(0, len(rows), size):
+            yield self.collate([self[row] for row in rows[start : start + size]])
 
     def picture(self, row: int, view: int) -> NDArray[np.float32]:
         """A study's view as a picture (h, w) in [0, 1]."""
@@ -199,7 +208,7 @@ class StudyImages(torch.utils.data.Dataset[Sample]):
     @property
     def needed(self) -> tuple[int, int] | None:
         """(h, w) below which an image is not decoded, so that the smallest crop stays sharp; None for the whole."""
-        return needed_size(self.spec, self.spec.crop if self.crops else 1.0)
+        return needed_size(self.spec, self.crops[0] if self.crops else 1.0)
 
     @property
     def locality(self) -> Locality | None:
@@ -281,6 +290,8 @@ def collate(samples: Sequence[Sample], max_views: int) -> Batch:
         seeds=torch.tensor([sample.seed for sample in samples], dtype=torch.int64),
         regions=regions,
         features=features,
+        indications=[sample.indication for sample in samples],
+        priors=[sample.prior for sample in samples],
     )
 
 
@@ -302,7 +313,7 @@ def study_from(
 
     Args:
         value: a path, array, tensor or PIL image; a list or tuple of those, the views of one study, frontal
-            first; or a mapping with "images" and, if wanted, "views", "study_id" and "patient_id".
+            first; or a mapping with "images" and, if wanted, "views", "study_id", "patient_id", "indication", "prior".
         spec: the data block of the pipeline's spec.
         channels, mean, std: as the encoder declares.
         labels: names of labels, all missing here.
@@ -316,13 +327,14 @@ def study_from(
         ImageError: an image that cannot be read, or something that is no image.
         DataError: no image, or a mapping without "images".
     """
-    patient, named = "", list[str]()
+    patient, indication, prior, named = "", "", "", list[str]()
     if isinstance(value, Mapping):
         if "images" not in value:
             raise DataError(
                 f"a study given as a mapping needs 'images'; found {', '.join(map(str, value)) or 'nothing'}"
             )
         name, patient = str(value.get("study_id", name)), str(value.get("patient_id", ""))
+        indication, prior = (str(value.get(text) or "") for text in ("indication", "prior"))
         named = list(value.get("views", ()))
         value = value["images"]
     images = list(value) if isinstance(value, (list, tuple)) else [value]
@@ -346,6 +358,8 @@ def study_from(
         patient_id=patient,
         seed=seed_of(seed, name),
         regions=torch.stack(regions) if regions else None,
+        indication=indication,
+        prior=prior,
     )
 
 

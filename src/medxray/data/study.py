@@ -31,6 +31,8 @@ FEATURES = Features(
         "report": Value("string"),
         "labels": {},
         "split": Value("string"),
+        "indication": Value("string"),
+        "prior": Value("string"),
     }
 )
 """Columns of every data set of studies; `features_of` fills in the labels."""
@@ -245,7 +247,7 @@ def _with_images(
 
 
 def _dataset(studies: list[Study], labels: list[str], features: Features) -> Dataset:
-    columns: dict[str, list[Any]] = {key: [dict(s)[key] for s in studies] for key in FEATURES}
+    columns: dict[str, list[Any]] = {key: [dict(s).get(key, "") for s in studies] for key in FEATURES}
     columns["labels"] = [{label: s["labels"].get(label) for label in labels} for s in studies]
     # `Dataset.from_dict` looks at every value in Python first.
     return Dataset(InMemoryTable.from_pydict(columns, schema=features.arrow_schema))

@@ -67,15 +67,16 @@ def _interpolate(pixels: Tensor, h: int, w: int) -> Tensor:
     return small.clamp_(0, 1)
 
 
-def random_crop_box(seed: int, crop: float) -> Box:
-    """A box of the image's own aspect ratio, at a random place, that keeps at least `crop` of the area.
+def random_crop_box(seed: int, crop: float, most: float = 1.0) -> Box:
+    """A box of the image's own aspect ratio, at a random place, that keeps `crop` to `most` of the area.
 
     Args:
         seed: decides everything.
         crop: smallest share of the area, in (0, 1].
+        most: the largest.
     """
     area, down, right = np.random.default_rng(seed).random(3)
-    side = math.sqrt(crop + (1 - crop) * area)
+    side = math.sqrt(crop + (most - crop) * area)
     return Box(down * (1 - side), right * (1 - side), side, side)
 
 

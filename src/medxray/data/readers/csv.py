@@ -114,6 +114,8 @@ class CSV(Reader):
         report: column with the text to learn; the findings where the table has no such column.
         split: column with train, val or test; without one, or if all of it is empty, patients are divided
             80/10/10 by a stable hash.
+        indication: column that tells why the study was made; null if there is none.
+        prior: column with the report of the patient's study before; null if there is none.
         label_columns: columns with 1, 0, -1 (uncertain) or nothing; null takes every other column that holds
             nothing else.
         tags: column that lists the labels that are present, parted by "|" or ";"; all others are absent.
@@ -129,6 +131,8 @@ class CSV(Reader):
         view: str | None = "view",
         report: str | None = "report",
         split: str | None = "split",
+        indication: str | None = "indication",
+        prior: str | None = "prior",
         label_columns: list[str] | None = None,
         tags: str | None = None,
     ) -> None:
@@ -141,6 +145,8 @@ class CSV(Reader):
             "view": (view, "view"),
             "report": (report, "report"),
             "split": (split, "split"),
+            "indication": (indication, "indication"),
+            "prior": (prior, "prior"),
         }
         self.label_columns, self.tags = label_columns, tags
 
@@ -156,7 +162,7 @@ class CSV(Reader):
                 missing column, or a value that is no split or label.
         """
         paths, names = table[self.path], table[self.study]
-        patients, views, reports, splits = (self._column(table, role) for role in self.optional)
+        patients, views, reports, splits, indications, priors = (self._column(table, role) for role in self.optional)
         splits = splits if splits and any(splits) else None
         findings, impressions = table.columns.get("findings"), table.columns.get("impression")
         reports = reports or findings
@@ -169,6 +175,8 @@ class CSV(Reader):
                 "split": splits,
                 "findings": findings,
                 "impression": impressions,
+                "indication": indications,
+                "prior": priors,
                 **labels,
             }.items()
             if cells
@@ -208,6 +216,8 @@ class CSV(Reader):
                     report=(reports or blank)[first],
                     labels={label: values[first] for label, values in labels.items()},
                     split=_split(splits[first], table, first) if splits else split_of(patient or name),
+                    indication=(indications or blank)[first],
+                    prior=(priors or blank)[first],
                 )
             )
         return studies

@@ -26,6 +26,7 @@ class IUXRay(Reader):
     Root holds either R2Gen's `annotation.json` and `images/` (and, for findings, impression and labels,
     `reports.csv`), or the public `indiana_reports.csv`, `indiana_projections.csv` and `images_normalized/`.
     Only the first has a split; the second's patients are divided 80/10/10 by a stable hash.
+    R2Gen's file of MIMIC-CXR is read too: there an entry is one image with its report, and `subject_id` its patient.
 
     Args:
         annotation: name of R2Gen's file below root.
@@ -86,7 +87,7 @@ class IUXRay(Reader):
                 studies.append(
                     Study(
                         study_id=name,
-                        patient_id=_patient(name),
+                        patient_id=str(row.get("subject_id", _patient(name))),
                         images=paths,
                         views=views,
                         findings=section["findings"] if section else text,
@@ -94,18 +95,20 @@ class IUXRay(Reader):
                         report=text,
                         labels={},
                         split=split,
+                        indication=section["indication"] if section else "",
                     )
                 )
                 tags.append(section["problems"] if section else None)
         return studies, tags
 
     def _sections(self) -> dict[str, dict[str, str]]:
-        """R2Gen's id -> findings, impression and problems, where reports.csv lies beside the annotation."""
+        """R2Gen's id -> findings, impression, problems and indication, where reports.csv lies beside the annotation."""
         path = self.root / "reports.csv"
         if not path.is_file():
             return {}
         table = read_table(path)
         columns = {name: table[name] for name in ("findings", "impression", "problems")}
+        columns["indication"] = table.columns.get("indication", [""] * len(table))
         return {
             name: {column: cells[row] for column, cells in columns.items()}
             for row, name in enumerate(table["r2gen_id"])
@@ -115,6 +118,7 @@ class IUXRay(Reader):
     def _public(self, reports: str, projections: str) -> tuple[list[Study], list[str | None]]:
         texts, shots = read_table(self.file(reports)), read_table(self.file(projections))
         folder = next((f for f in ("images_normalized", "images/images_normalized") if (self.root / f).is_dir()), ".")
+        indications = texts.columns.get("indication", [""] * len(texts))
         row_of = {uid: row for row, uid in enumerate(texts["uid"])}
         if len(row_of) < len(texts):
             uid = Counter(texts["uid"]).most_common(1)[0][0]
@@ -147,6 +151,7 @@ class IUXRay(Reader):
                     report=texts[self.section][row],
                     labels={},
                     split=split_of(name),
+                    indication=indications[row],
                 )
             )
             tags.append(texts["Problems"][row])

@@ -57,6 +57,8 @@ class Parquet(Shards):
         report: column with the text to learn; the findings where there is no such column.
         split: column with train, val or test; without one the names of the files tell, if they begin with
             different splits, and else patients are divided 80/10/10 by a stable hash.
+        indication: column that tells why the study was made; null if there is none.
+        prior: column with the report of the patient's study before; null if there is none.
         label_columns: columns with 1, 0, -1 (uncertain) or null; null takes every other column that holds
             nothing else.
         tags: column that lists the labels that are present; all others are absent.
@@ -74,10 +76,12 @@ class Parquet(Shards):
         view: str | None = "view",
         report: str | None = "report",
         split: str | None = "split",
+        indication: str | None = "indication",
+        prior: str | None = "prior",
         label_columns: list[str] | None = None,
         tags: str | None = None,
     ) -> None:
-        super().__init__(root, files, study, patient, view, report, split, label_columns, tags)
+        super().__init__(root, files, study, patient, view, report, split, indication, prior, label_columns, tags)
         self.image = [image] if isinstance(image, str) else image
         self._groups: Kept[arrow.ChunkedArray] = Kept(CACHE_BYTES)
 

@@ -63,7 +63,7 @@ class Shards(CSV):
     Args:
         root: folder of the data set.
         files: patterns of its shards, relative to root.
-        study, patient, view, report, split, label_columns, tags: columns, as in a table.
+        study, patient, view, report, split, indication, prior, label_columns, tags: columns, as in a table.
     """
 
     kind: ClassVar[str]
@@ -77,10 +77,12 @@ class Shards(CSV):
         view: str | None,
         report: str | None,
         split: str | None,
+        indication: str | None,
+        prior: str | None,
         label_columns: list[str] | None,
         tags: str | None,
     ) -> None:
-        super().__init__(root, "", IMAGE, study, patient, view, report, split, label_columns, tags)
+        super().__init__(root, "", IMAGE, study, patient, view, report, split, indication, prior, label_columns, tags)
         self.files = [files] if isinstance(files, str) else files
         self._absent: set[str] = set()
         self._known: set[str] = set()

@@ -48,6 +48,8 @@ class WebDataset(Shards):
         report: key with the text to learn; `txt` or the findings where there is no such key.
         split: key with train, val or test; without one the names of the archives tell, if they begin with
             different splits, and else patients are divided 80/10/10 by a stable hash.
+        indication: key that tells why the study was made; null if there is none.
+        prior: key with the report of the patient's study before; null if there is none.
         label_columns: keys with 1, 0, -1 (uncertain) or null; null takes every other key that holds nothing
             else.
         tags: key that lists the labels that are present; all others are absent.
@@ -64,10 +66,12 @@ class WebDataset(Shards):
         view: str | None = "view",
         report: str | None = "report",
         split: str | None = "split",
+        indication: str | None = "indication",
+        prior: str | None = "prior",
         label_columns: list[str] | None = None,
         tags: str | None = None,
     ) -> None:
-        super().__init__(root, files, study, patient, view, report, split, label_columns, tags)
+        super().__init__(root, files, study, patient, view, report, split, indication, prior, label_columns, tags)
 
     def rows(self, shard: str) -> dict[str, list[str]]:
         """A shard's samples, one row an image."""
