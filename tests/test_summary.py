@@ -2,6 +2,7 @@
 
 import ctypes
 import gc
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
+from medxray import Spec, build
 from medxray.encoders import ENCODERS, Encoder
 from medxray.encoders.adapt import features_from
 from medxray.encoders.vit import ViT
-from medxray.summary import _from_shapes, _measured, _watched, spec_of_encoder, summarise_encoder
+from medxray.summary import _from_shapes, _measured, _watched, spec_of_encoder, summarise, summarise_encoder
 from medxray.types import Features, SpecError, WeightsError
 
 
@@ -179,3 +181,106 @@ def test_sizes_and_mistakes(tmp_path: Path) -> None:
     assert summarise_encoder(spec_of_encoder("vit", settings))["trained parameters"]
     with pytest.raises(WeightsError, match=r"vit\.pt do not fit ViT: .*missing keys"):
         summarise_encoder(spec_of_encoder("vit", [*settings, "depth=7"]))
+
+
+def gibibytes(text: str) -> dict[str, float]:
+    """"1.5 GiB: weights 1.0 GiB, activations 512.0 MiB" as name -> GiB, the sum under ""."""
+    units = {"GiB": 1.0, "MiB": 2**-10, "KiB": 2**-20, "B": 2**-30}
+    whole, _, parts = text.partition(": ")
+    found = re.findall(r"([\w ]+?) ([\d.]+) ([KMG]?i?B)", parts)
+    number, unit = whole.split()
+    return {"": float(number) * units[unit]} | {name.strip(): float(n) * units[unit] for name, n, unit in found}
+
+
+def test_a_full_size_report_system_is_shown_without_its_weights() -> None:
+    found = summarise(build("r2gencsr-mimic-cxr"))
+    assert found["parameters"] == "6,830,155,008" and found["  decoder"] == "6,738,415,616"
+    trained = int(found["trained parameters"].replace(",", ""))
+    projection = 1024 * 4096 + 4096 + 2 * 4096
+    assert found["  projector"] == f"{projection:,}"
+    assert trained == int(found["  encoder"].replace(",", "")) + projection
+    whole, context, prompt, image, report = (int(n) for n in re.findall(r"\d+", found["tokens a study"])[:5])
+    assert (image, report) == (49, 100) and whole == context + prompt + image + report
+    # Six vectors, each in its own words.
+    assert context % 3 == 0 and context > 6 * 10 and "estimates" in found["tokens a study"]
+
+    bf16, four = (gibibytes(found[f"a step of 36{how}"]) for how in (", language model in bf16", ", in 4 bits"))
+    for parts in (bf16, four):
+        assert parts[""] == pytest.approx(sum(parts.values()) - parts[""], abs=0.3)
+        assert parts["gradients and AdamW"] == pytest.approx(12 * trained / 2**30, abs=0.05)
+    own = 4 * trained / 2**30
+    assert bf16["weights"] == pytest.approx(own + 2 * 6_738_415_616 / 2**30, abs=0.06)
+    # All but the word embeddings and the output layer, which are 2 x 32,000 x 4,096, and the norms.
+    large, small = 6_738_415_616 - 2 * 32_000 * 4096 - 65 * 4096, 2 * 32_000 * 4096 + 65 * 4096
+    assert four["weights"] == pytest.approx(own + (large * 4.5 / 8 + 2 * small) / 2**30, abs=0.06)
+    assert four["activations"] == bf16["activations"] > 1
+
+
+@pytest.mark.parametrize("residual", ["release", "after_projection"])
+@pytest.mark.parametrize("views", ["average", "concatenate"])
+def test_tokens_of_a_study_are_those_of_its_prompt(residual: str, views: str, tmp_path: Path) -> None:
+    from medxray.retrieval.context import context_tokens
+    from medxray.types import Context
+
+    task, spec = small_report(tmp_path, residual=residual, views=views)
+    pooled, tokens = torch.zeros(1, 16), torch.zeros(1, 4 * (2 if views == "concatenate" else 1), 16)
+    context = Context(torch.zeros(1, 2, 16), torch.zeros(1, 1, 16), [], [])
+    vectors = context_tokens(spec.retriever.residual, pooled, context, task.projector.project, task.decoder.wrap_context)
+    start, _ = task.decoder.prefix(task.projector(tokens), vectors)
+    whole, shown_context = (int(n) for n in re.findall(r"\d+", summarise(build(spec))["tokens a study"])[:2])
+    assert (whole, shown_context) == (start.shape[1] + 40, vectors.shape[1])
+
+
+def test_activations_of_a_report_step_are_those_of_a_pass(tmp_path: Path) -> None:
+    task, spec = small_report(tmp_path, residual="release", views="average")
+    task.decoder.llm.bfloat16()
+    shown = gibibytes(summarise(build(spec))["a step of 4, language model in bf16"])["activations"] * 2**30
+    prompt = int(re.findall(r"\d+", summarise(build(spec))["tokens a study"])[0]) - 40
+
+    class Step(nn.Module):
+        channels = 1
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.task = task
+
+        def forward(self, images: Tensor) -> Tensor:
+            features = self.task.encoder(images.repeat(2, 1, 1, 1))
+            vectors = torch.zeros(len(images), prompt + 40, 32, dtype=torch.bfloat16, requires_grad=True)
+            mask = torch.ones(vectors.shape[:2], dtype=torch.long)
+            mask[:, -1] = 0
+            out = self.task.decoder.llm(
+                inputs_embeds=vectors, attention_mask=mask, logits_to_keep=41, use_cache=False
+            ).logits[:, :-1].float()
+            self.kept = features
+            return nn.functional.cross_entropy(out.flatten(0, 1), torch.zeros(len(images) * 40, dtype=torch.long))
+
+    two, four = (_watched(Step(), count, 32, 32)[1].kept for count in (2, 4))
+    assert shown == pytest.approx(4 * (four - two) / 2, rel=0.1)
+
+
+def small_report(folder: Path, *, residual: str, views: str) -> tuple[Any, Spec]:
+    """A report task with a frozen language model and a tokenizer, and its spec."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    known = "<pad> <s> </s> <unk> Human : < Img > / Note with . normal Generate a"
+    words = {word: i for i, word in enumerate(known.split())}
+    tokenizer = Tokenizer(models.WordLevel(words, "<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    special = {"unk_token": "<unk>", "pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
+    LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(words), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2
+        )
+    ).save_pretrained(folder)
+    spec = Spec.read({
+        "task": "report",
+        "data": {"reader": {"name": "csv", "root": str(folder)}, "image_size": 32, "views": views},
+        "encoder": {"name": "vit", "width": 16, "depth": 1, "heads": 2, "patch": 16},
+        "retriever": {"name": "nearest", "positives": 2, "negatives": 1, "residual": residual},
+        "decoder": {"name": "causal-lm", "model": str(folder), "max_length": 40},
+        "training": {"steps": 1, "batch_size": 4},
+    })  # fmt: skip
+    return build(spec).task, spec

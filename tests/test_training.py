@@ -153,11 +153,64 @@ RECIPE = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("stopped", [5, 8])
-def test_a_stopped_run_goes_on_to_the_same_bits(
-    phantom: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stopped: int
+R2GEN = {
+    "optimiser": "adam", "amsgrad": True, "weight_decay": 5e-5, "schedule": "step", "step_epochs": 1, "step_factor": 0.5,
+    "clip": 0.0, "clip_value": 0.1, "rates": {"encoder": 5e-3}, "accumulate": 1, "batch_size": 8,
+}  # fmt: skip
+
+
+def test_rates_fall_by_steps_of_epochs() -> None:
+    settings = TrainingSpec(epochs=9, schedule="step", step_epochs=2, step_factor=0.1, min_learning_rate=1.0)
+    factor = rate_factor(settings, 36, 1e-3, steps_per_epoch=4)
+    assert [factor(s) for s in (0, 7, 8, 15, 16)] == pytest.approx([1, 1, 0.1, 0.1, 0.01])
+
+
+def test_r2gens_recipe_is_that_of_plain_torch(
+    phantom: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = fit(phantom, tmp_path / "whole", **RECIPE)
+    """Gradients are cut number by number, then Adam with amsgrad takes decay and all; each step is made again here."""
+    steps: list[tuple[list[Tensor], list[Tensor], list[Tensor]]] = []
+    kinds: list[dict[str, Any]] = []
+    step = torch.optim.Adam.step
+
+    def watched(self: Any, closure: Any = None) -> Any:
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        before = [p.detach().clone() for p in parameters]
+        gradients = [p.grad.clone() if p.grad is not None else torch.zeros_like(p) for p in parameters]
+        made = step(self, closure)
+        steps.append((before, gradients, [p.detach().clone() for p in parameters]))
+        kinds.append({"amsgrad": self.defaults["amsgrad"], "rates": [group["lr"] for group in self.param_groups]})
+        assert {group["weight_decay"] for group in self.param_groups} == {5e-5}, "biases and norms decay as well"
+        return made
+
+    monkeypatch.setattr(torch.optim.Adam, "step", watched)
+    settings = spec(phantom, tmp_path / "run", **R2GEN)
+    pipeline = medxray.build(settings)
+    pipeline.fit(progress=False)
+    monkeypatch.undo()
+    per_epoch = 32 // 8
+    assert len(steps) == 9 and all(kind["amsgrad"] for kind in kinds)
+    sizes = [max(g.abs().max().item() for g in gradients) for _, gradients, _ in steps]
+    assert max(sizes) == pytest.approx(0.1), "some number was cut"
+    own = [p.clone().requires_grad_() for p in steps[0][0]]
+    groups = parameter_groups(pipeline.task, pipeline.spec.training, 1e-2)
+    rates = [group["lr"] for group in groups for _ in group["params"]]
+    assert set(rates) == {5e-3, 1e-2}
+    adam = torch.optim.Adam([{"params": [p]} for p in own], weight_decay=5e-5, amsgrad=True)
+    for n, (_, gradients, after) in enumerate(steps):
+        for group, rate in zip(adam.param_groups, rates, strict=True):
+            group["lr"] = rate * 0.5 ** (n // per_epoch)
+        for parameter, gradient in zip(own, gradients, strict=True):
+            parameter.grad = gradient
+        adam.step()
+        torch.testing.assert_close([p.detach() for p in own], after, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("recipe", "stopped"), [(RECIPE, 5), (RECIPE, 8), (R2GEN, 5)])
+def test_a_stopped_run_goes_on_to_the_same_bits(
+    phantom: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recipe: dict[str, Any], stopped: int
+) -> None:
+    whole = fit(phantom, tmp_path / "whole", **recipe)
     before = Pretrain.before_step
 
     def stop(self: Pretrain, step: int, steps_per_epoch: int) -> None:
@@ -167,12 +220,13 @@ def test_a_stopped_run_goes_on_to_the_same_bits(
 
     monkeypatch.setattr(Pretrain, "before_step", stop)
     with pytest.raises(KeyboardInterrupt):
-        fit(phantom, tmp_path / "run", **RECIPE)
+        fit(phantom, tmp_path / "run", **recipe)
     monkeypatch.undo()
-    assert (tmp_path / "run" / "checkpoints" / f"step-{stopped // 3 * 3:08d}" / "ema.safetensors").is_file()
-    again = fit(phantom, tmp_path / "run", **RECIPE)
+    assert (tmp_path / "run" / "checkpoints" / f"step-{stopped // 3 * 3:08d}" / "optimizer.pt").is_file()
+    again = fit(phantom, tmp_path / "run", **recipe)
     last = Path("checkpoints") / "step-00000009"
-    for name in ("model.safetensors", "log.jsonl", last / "model.safetensors", last / "ema.safetensors"):
+    files = ["model.safetensors", "log.jsonl", last / "model.safetensors"]
+    for name in files + ([last / "ema.safetensors"] if "ema" in recipe else []):
         assert (again.folder / name).read_bytes() == (whole.folder / name).read_bytes(), name
 
 

@@ -31,6 +31,10 @@ def _silence(quiet: bool) -> bool:
     return quiet
 
 
+OfFile = Annotated[
+    Optional[str],
+    typer.Option("--spec", help="RUN is a checkpoint file of R2GenCSR, R2GenGPT or R2Gen, of this spec", metavar="SPEC"),
+]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="no progress bars", callback=_silence)]
 
 
@@ -58,15 +62,20 @@ def evaluate(
     run: Annotated[str, typer.Argument(help="a run folder, or the spec that was fitted", metavar="RUN")],
     settings: Settings = None,
     split: Annotated[Optional[str], typer.Option(help="train, val or test")] = None,
+    ablations: Annotated[bool, typer.Option(help="judge the model with a part switched off too")] = True,
+    spec: OfFile = None,
     quiet: Quiet = False,
 ) -> None:
     """Score a fitted run beside its floors; writes scores.json, predictions.parquet and report.html.
 
-    Example: medxray evaluate runs/r2gencsr-phantom --split val
+    \b
+    Examples:
+      medxray evaluate runs/r2gencsr-phantom --split val
+      medxray evaluate checkpoint.pth --spec r2gencsr-mimic-cxr data.reader.root=FOLDER
     """
     with _mistakes():
-        pipeline = _open(run, settings)
-        scores = pipeline.evaluate(split, progress=not quiet)
+        pipeline = _open(run, settings, spec)
+        scores = pipeline.evaluate(split, ablations=ablations, progress=not quiet)
         _print(str(scores))
         _print(f"report: {pipeline.folder / 'report.html'}")
 
@@ -77,6 +86,7 @@ def predict(
     files: Annotated[list[Path], typer.Argument(help="DICOM, PNG, JPEG or TIFF files")],
     study: Annotated[bool, typer.Option("--study", help="the files are views of one study, frontal first")] = False,
     json_lines: Annotated[bool, typer.Option("--json", help="one JSON object a study")] = False,
+    spec: OfFile = None,
 ) -> None:
     """Write the report, probabilities or error of each file.
 
@@ -86,7 +96,7 @@ def predict(
         import dataclasses
         import json
 
-        pipeline = _open(run, None)
+        pipeline = _open(run, None, spec)
         found = [pipeline.predict(tuple(files))] if study else pipeline.predict(list(files))
         for prediction in found:
             _print(json.dumps(dataclasses.asdict(prediction)) if json_lines else f"{prediction.study_id}: {prediction}")
@@ -113,15 +123,24 @@ def pictures(
 @app.command()
 def export(
     run: Annotated[str, typer.Argument(help="a run folder, or the spec that was fitted", metavar="RUN")],
-    folder: Annotated[Path, typer.Argument(help="gets config.json and model.safetensors", metavar="FOLDER")],
-    format: Annotated[str, typer.Option(help="timm or transformers")] = "timm",
+    folder: Annotated[Path, typer.Argument(help="gets what is written", metavar="FOLDER")],
+    format: Annotated[
+        Optional[str], typer.Option(help="timm, transformers or medxray; what suits the task by default")
+    ] = None,
+    spec: OfFile = None,
 ) -> None:
-    """Write a run's vit encoder as timm or transformers read it.
+    """Write what a run has learned as timm or transformers read it, or as a medxray folder that needs nothing else.
 
-    Example: medxray export runs/hd-mae-phantom vit-cxr --format transformers
+    \b
+    Examples:
+      medxray export runs/hd-mae-phantom vit-cxr --format transformers
+      medxray export runs/r2gencsr-iu-xray r2gencsr
     """
     with _mistakes():
-        _print(f"written: {_open(run, None).export(folder, format)}")
+        written = _open(run, None, spec).export(folder, format)
+        _print(f"written: {written}")
+        for part in sorted(path for path in written.iterdir() if path.is_dir()):
+            _print(f"  {part.name}")
 
 
 @app.command()
@@ -249,11 +268,15 @@ def doctor() -> None:
             _print(line)
 
 
-def _open(run: str, settings: list[str] | None) -> Any:
-    """A run folder's pipeline; or that of a spec whose run folder holds a finished fit."""
+def _open(run: str, settings: list[str] | None, spec: str | None = None) -> Any:
+    """A run folder's pipeline; that of a spec whose run folder holds a finished fit; or that of another project's file."""
     import medxray
     from medxray.types import RunError
 
+    if spec is not None:
+        return medxray.load(run, spec=spec, overrides=settings)
+    if Path(run).is_file() and Path(run).suffix not in (".yaml", ".yml"):
+        raise RunError(f"{run} is a file; for another project's checkpoint name its spec too: --spec r2gencsr-mimic-cxr")
     if (Path(run) / "spec.yaml").is_file() or Path(run).is_dir():
         if settings:
             raise RunError(f"{run} is a run folder, which has its settings; leave out {settings[0]!r}, or name the spec")

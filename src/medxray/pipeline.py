@@ -25,7 +25,6 @@ from medxray.tasks import TASKS, Task
 from medxray.training import fit, load_trained, save_trained
 from medxray.types import Batch, Prediction, RunError, Scores, SpecError
 from medxray.visual.report_page import report_page
-from medxray.weights.writing import export
 
 CARDS = 24
 PICTURED, PAGE = 6, 12
@@ -56,14 +55,33 @@ def build(
     return Pipeline(Spec.read(replaced), encoder)
 
 
-def load(folder: str | Path, *, encoder: nn.Module | None = None) -> "Pipeline":
-    """A fitted pipeline from a run folder or from what `Pipeline.save` wrote.
+def load(
+    folder: str | Path,
+    *,
+    spec: str | Path | Mapping[str, Any] | Spec | None = None,
+    overrides: Overrides | None = None,
+    encoder: nn.Module | None = None,
+) -> "Pipeline":
+    """A fitted pipeline from a run folder or from what `Pipeline.save` wrote, or from another project's checkpoint.
+
+    What such a checkpoint lacks, such as the context studies or a vocabulary, is made from the spec's data set; without
+    either, as for R2GenGPT, no data set is needed but to evaluate.
+
+    Args:
+        folder: a run folder, or a file of R2GenCSR, R2GenGPT or R2Gen.
+        spec: for such a file: what system it is, such as "r2gencsr-mimic-cxr".
+        overrides: of that spec.
+        encoder: the module that the pipeline was built with, where it was.
 
     Raises:
         RunError: no such folder, or a fit that has not finished.
         WeightsError: tensors that do not fit.
     """
     folder = Path(folder)
+    if spec is not None:
+        return _from_checkpoint(folder, Spec.read(spec, overrides), encoder)
+    if folder.is_file():
+        raise RunError(f"{folder} is a file; for another project's checkpoint name its spec too: spec='r2gencsr-mimic-cxr'")
     for name in ("spec.yaml", "model.safetensors", "task.json"):
         if not (folder / name).is_file():
             found = ", ".join(sorted(p.name for p in folder.iterdir())) if folder.is_dir() else "no such folder"
@@ -73,6 +91,7 @@ def load(folder: str | Path, *, encoder: nn.Module | None = None) -> "Pipeline":
             )
     data = Spec.read(folder / "spec.yaml").to_dict()
     # The run's own tensors are loaded below, so that where they once came from need not be there.
+    data["weights"] = None
     data["encoder"] = {**data["encoder"], "weights": None}
     if data.get("pixel_decoder", {}).get("weights") is not None:
         data["pixel_decoder"] = {**data["pixel_decoder"], "weights": None}
@@ -87,6 +106,24 @@ def load(folder: str | Path, *, encoder: nn.Module | None = None) -> "Pipeline":
     return pipeline
 
 
+def _from_checkpoint(file: Path, spec: Spec, encoder: nn.Module | None) -> "Pipeline":
+    """A pipeline whose weights are those of a whole system's checkpoint; runs/NAME-FILE is its folder."""
+    if not file.is_file():
+        raise RunError(f"{file}: a spec was named, so a checkpoint file was expected; a run folder has its own spec")
+    output = spec.output or f"runs/{spec.name}-{file.stem}"
+    pipeline = Pipeline(Spec.read(spec, {"weights": str(file), "output": output}), encoder)
+    task = pipeline.task
+    if task.needs_studies:
+        pipeline._prepare()
+        task.watch(pipeline.images("train"))
+        task.after_fit()
+    else:
+        task.views = 1 if spec.data.views == "single" else spec.data.max_views
+        task.begin_with(str(file))
+    pipeline.fitted = True
+    return pipeline
+
+
 class Pipeline:
     """A task built from a spec, with its data and its run folder. Made by `build` and `load`.
 
@@ -95,13 +132,14 @@ class Pipeline:
         folder: the run folder: spec.yaml, environment.json, model.safetensors, checkpoints/, log.jsonl,
             scores.json, predictions.parquet, report.html.
         fitted: True once the weights are those of a finished fit.
+        given: the module that stands in place of the spec's encoder, if any.
     """
 
     def __init__(self, spec: Spec, encoder: nn.Module | None = None) -> None:
         self.spec = spec
         self.folder = spec.run_folder
         self.fitted = False
-        self._given = encoder
+        self.given = encoder
         self._task: Task | None = None
         self._studies: Studies | None = None
         self._progress = False
@@ -117,8 +155,8 @@ class Pipeline:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(self.spec.seed)
                 encoder: Encoder | None = None
-                if self._given is not None:
-                    encoder = as_encoder(self._given, self.spec.data.image_size)
+                if self.given is not None:
+                    encoder = as_encoder(self.given, self.spec.data.image_size)
                 self._task = TASKS.get(self.spec.task)(self.spec, encoder)
             device = "cuda" if torch.cuda.is_available() else "cpu"
             self._task.eval().to(device)
@@ -149,7 +187,7 @@ class Pipeline:
             reader=self.studies.reader,
         )
         self.task.complete(images, progress=self._progress)
-        if self.task.frozen_encoder and not (train and self.spec.data.crop < 1):
+        if self.task.frozen_encoder and not (train and self.spec.data.crops):
             images.features = compute_once(
                 self.task.encoder, images, self.spec.training.batch_size, progress=self._progress
             )
@@ -173,21 +211,24 @@ class Pipeline:
         if (self.folder / "spec.yaml").is_file():
             self._check_spec()
         if (self.folder / "model.safetensors").is_file():
-            loaded = load(self.folder, encoder=self._given)
+            loaded = load(self.folder, encoder=self.given)
             self._task, self.fitted = loaded.task, True
             return self
         task = self.task
         self.studies.require("train", "val")
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.spec.seed)
-            task.prepare(self.studies)
-        metrics, select = self._metrics(), self.spec.training.select
-        chooser = next((m for m in metrics if select in m.values), None)
-        if chooser is None and select != "loss":
-            known = ["loss", *(value for metric in metrics for value in metric.values)]
+        self._prepare()
+        metrics, selected = self._metrics(), self.spec.training.selected
+        better = {name: metric.higher_is_better for metric in metrics for name in metric.values} | {"loss": False}
+        for name in selected:
+            if name not in better:
+                raise SpecError(
+                    f"training.select: validation has no metric {name!r}{nearest(name, better)} "
+                    f"(found: {', '.join(better)}); name one of them, or add it to metrics"
+                )
+        if len({better[name] for name in selected}) > 1:
             raise SpecError(
-                f"training.select: validation has no metric {select!r}{nearest(select, known)} "
-                f"(found: {', '.join(known)}); name one of them, or add it to metrics"
+                f"training.select: of {' and '.join(selected)} some are better when higher and some when lower; "
+                "take metrics of one kind"
             )
         task.to(next(task.encoder.parameters()).device)
         task.check_encoder()
@@ -199,11 +240,12 @@ class Pipeline:
 
         def validate() -> dict[str, float]:
             found = {"loss": validation_loss(task, val, self.spec.training.batch_size)}
-            if chooser is not None:
+            if set(selected) != {"loss"}:
                 predictions = self._predict_all(task.predict, val, "validate", progress=False)
                 made, references = task.outputs(predictions), task.targets(val)
                 scores = score_all(metrics, made, references, val.patient_ids, resamples=0)
                 found |= {name: score.value for name, score in scores.items()}
+            found[self.spec.training.select] = sum(weight * found[name] for name, weight in selected.items())
             return found
 
         drawn = self._pictured(val)
@@ -213,7 +255,7 @@ class Pipeline:
             self.folder,
             validate,
             pictured=val.collate([val[row] for row in drawn]) if drawn else None,
-            higher_is_better=chooser.higher_is_better if chooser else False,
+            higher_is_better=all(better[name] for name in selected),
             progress=progress,
         )
         if _is_main():
@@ -229,6 +271,7 @@ class Pipeline:
         split: str | None = None,
         *,
         beside: "Mapping[str, Pipeline] | None" = None,
+        ablations: bool = True,
         progress: bool = True,
     ) -> Scores:
         """Scores on a split with 95 % intervals, beside the floors that a fit must beat.
@@ -238,6 +281,7 @@ class Pipeline:
         Args:
             split: "test" where the data set has one, else "val".
             beside: other fitted pipelines of the same task and data, a row of the table each.
+            ablations: judge the same model with a part switched off too, which for reports takes as long again.
             progress: show a bar.
         """
         self._need_fit()
@@ -254,7 +298,7 @@ class Pipeline:
             return score_all(metrics, outputs, references, groups, seed=self.spec.seed)
 
         comparisons = {row: table(made) for row, made in task.floors(train, val, images).items()}
-        for row, predict in task.ablations().items():
+        for row, predict in task.ablations().items() if ablations else ():
             comparisons[row] = table(task.outputs(self._predict_all(predict, images, row, progress)))
         for row, other in (beside or {}).items():
             other._need_fit()
@@ -359,15 +403,28 @@ class Pipeline:
         save_trained(self.task, folder / "model.safetensors")
         return folder
 
-    def export(self, folder: str | Path, format: Literal["timm", "transformers"] = "timm") -> Path:
-        """Writes the encoder as timm or transformers read it, for images of `data.image_size`.
+    def export(
+        self, folder: str | Path, format: Literal["timm", "transformers", "medxray"] | None = None
+    ) -> Path:
+        """Writes what was fitted as other libraries read it, for images of `data.image_size`.
+
+        Of reports transformers gets the language model, with low-rank updates merged, and the encoder, each where it has
+        that architecture, in folders that `AutoModelForCausalLM.from_pretrained` and `AutoModel.from_pretrained` read.
+
+        Args:
+            folder: gets it.
+            format: timm and transformers take an encoder; medxray is `save` with everything that is needed in it. None is
+                transformers for reports, medxray where that has place for no part of them, and timm for other tasks.
 
         Raises:
             RunError: not fitted yet.
-            WeightsError: it is no `vit`, or a setting of it has no place there.
+            WeightsError: the format has no place for the model, or for a setting of it.
         """
         self._need_fit()
-        return export(self.task.encoder, folder, format, self.spec.data.image_size)
+        folder = Path(folder)
+        if format == "medxray" or not self.task.export(folder, format):
+            return self.save(folder, complete=True)
+        return folder
 
     def facts(self) -> dict[str, str]:
         """What a reader of a run wants to know beside its scores."""
@@ -382,6 +439,14 @@ class Pipeline:
             "python": versions["python"],
             **{name: versions["packages"][name] for name in ("medxray", "torch", "transformers")},
         }
+
+    def _prepare(self) -> None:
+        """Tells the task what only data can tell, and gives it the weights that the spec begins with."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.spec.seed)
+            self.task.prepare(self.studies)
+        if self.spec.weights is not None:
+            self.task.begin_with(self.spec.weights)
 
     def _samples(self, studies: Sequence[Any]) -> list[Sample]:
         encoder, task = self.task.encoder, self.task
@@ -416,8 +481,10 @@ class Pipeline:
     def _predict_all(
         self, predict: Callable[[Batch], list[Prediction]], images: StudyImages, what: str, progress: bool
     ) -> list[Prediction]:
-        size = self._prediction_batch
-        return self._run(predict, images.batches(size), -(-len(images) // size), what, progress)
+        """A prediction a study, in the order of the data set whatever the order in which they are made."""
+        size, order = self._prediction_batch, self.task.prediction_order(images)
+        found = self._run(predict, images.batches(size, order), -(-len(images) // size), what, progress)
+        return [prediction for _, prediction in sorted(zip(order, found, strict=True), key=lambda made: made[0])]
 
     def _run(
         self,
@@ -448,7 +515,7 @@ class Pipeline:
             return
         if (self.folder / "model.safetensors").is_file():
             self._check_spec()
-            loaded = load(self.folder, encoder=self._given)
+            loaded = load(self.folder, encoder=self.given)
             self._task, self.fitted = loaded.task, True
             return
         raise RunError(f"{self.spec.name} is not fitted yet ({self.folder} holds no weights); call fit() first")
@@ -567,7 +634,11 @@ def _write_predictions(path: Path, predictions: Sequence[Prediction], references
             "scores": json.dumps(p.scores),
             "context_positive": p.context.get("positive", []),
             "context_negative": p.context.get("negative", []),
+            "similarity_positive": p.similarity.get("positive", []),
+            "similarity_negative": p.similarity.get("negative", []),
             "log_probabilities": p.log_probabilities,
+            "words": [word.text for word in p.words],
+            "word_probabilities": [word.probability for word in p.words],
         }
         for p, r in zip(predictions, references, strict=True)
     ]

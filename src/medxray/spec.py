@@ -4,10 +4,19 @@ import re
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union
+from typing import Annotated, Any, Literal, Union, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, Strict, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializeAsAny,
+    Strict,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic import create_model as _create_model
 
 from medxray.registry import SECTIONS, Settings, describe, nearest, registry_of
@@ -50,6 +59,11 @@ class DataSpec(Section):
     crop: Annotated[float, Field(gt=0, le=1)] = Field(
         1.0, description="smallest share of the area that a random training crop keeps; never flipped"
     )
+    crop_from: Positive | None = Field(
+        None,
+        description="in place of crop: all training crops are as large as image_size in an image of this side, such as "
+        "224 in 256",
+    )
     decode: Literal["full", "reduced"] = Field(
         "full",
         description="reduced decodes JPEG and JPEG 2000 at a half, a quarter or less of their sides, where that is no "
@@ -62,9 +76,25 @@ class DataSpec(Section):
         1.0, description="share of the training patients, stratified by label; the smaller lies in the larger"
     )
 
+    @model_validator(mode="after")
+    def _one_crop(self) -> "DataSpec":
+        side = self.image_size if isinstance(self.image_size, int) else max(self.image_size)
+        if self.crop_from is not None and (self.crop < 1 or self.crop_from < side):
+            raise ValueError(f"crop_from must be at least image_size ({side}) and stands in place of crop; leave one out")
+        return self
+
+    @property
+    def crops(self) -> tuple[float, float] | None:
+        """Smallest and largest share of the area that a training crop keeps; None where nothing is cut."""
+        if self.crop_from is not None:
+            side = self.image_size if isinstance(self.image_size, int) else max(self.image_size)
+            share = (side / self.crop_from) ** 2
+            return share, share
+        return (self.crop, 1.0) if self.crop < 1 else None
+
 
 class TrainingSpec(Section):
-    """How the parameters are fitted; AdamW throughout."""
+    """How the parameters are fitted."""
 
     epochs: Annotated[float, Field(gt=0)] | None = Field(None, description="passes over the training set")
     steps: Positive | None = Field(None, description="optimiser steps; in place of epochs")
@@ -78,12 +108,22 @@ class TrainingSpec(Section):
     )
     rates: dict[str, Rate] = Field({}, description="peak rates of single parts, such as {encoder: 5.0e-5}")
     min_learning_rate: Rate = Field(1e-6, description="floor of the schedule")
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    schedule: Literal["cosine", "linear", "constant", "step"] = Field(
+        "cosine", description="how the rate falls; by steps as step_epochs and step_factor say, with no floor"
+    )
+    step_epochs: Positive = Field(50, description="epochs between the falls of schedule step")
+    step_factor: Annotated[float, Field(gt=0, le=1)] = Field(0.1, description="on the rate, at each of these falls")
     warmup: Share = Field(0.0, description="share of the steps in which the rate rises from zero")
     layer_decay: Annotated[float, Field(gt=0, le=1)] = Field(
         1.0, description="factor on the rate for each block further from the encoder's output"
     )
-    weight_decay: Rate = Field(0.05, description="not applied to biases, norms and single tokens")
+    optimiser: Literal["adamw", "adam"] = Field(
+        "adamw", description="adam adds the decay to the gradients, as older recipes do"
+    )
+    amsgrad: Flag = Field(False, description="divide by the largest second moment so far")
+    weight_decay: Rate = Field(
+        0.05, description="not applied to biases, norms and single tokens; by adam, to every parameter"
+    )
     final_weight_decay: Rate | None = Field(
         None, description="where weight_decay ends, along a cosine over the steps; it stays as it is if null"
     )
@@ -94,6 +134,7 @@ class TrainingSpec(Section):
     )
     betas: list[Share] = Field([0.9, 0.999], min_length=2, max_length=2)
     clip: Rate = Field(1.0, description="largest gradient norm; 0 is off")
+    clip_value: Rate = Field(0.0, description="largest size of a gradient's single numbers; 0 is off")
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     gradient_checkpointing: Flag | Literal["mlp"] = Field(
         False,
@@ -105,11 +146,26 @@ class TrainingSpec(Section):
     evaluate_steps: Positive | None = Field(None, description="validate every so many steps; each epoch if null")
     save_steps: Positive | None = Field(None, description="checkpoint every so many steps; each epoch if null")
     keep_checkpoints: Positive = Field(2, description="newest checkpoints that are kept")
-    select: str = Field("loss", description="validation metric by which the best weights are chosen")
+    select: str = Field(
+        "loss",
+        description="validation metric by which the best weights are chosen, or a weighted sum of some, such as "
+        "0.5 bleu-4 + 0.5 cider",
+    )
     validation_studies: Positive | None = Field(
         None, description="validate on the first so many studies while fitting; all if null"
     )
     pictures: Count = Field(6, description="validation studies that a task draws after each epoch, where it draws any")
+
+    @field_validator("select")
+    @classmethod
+    def _sum_of_metrics(cls, text: str) -> str:
+        _weighted(text)
+        return text
+
+    @property
+    def selected(self) -> dict[str, float]:
+        """What `select` is a sum of: metric -> weight."""
+        return _weighted(self.select)
 
     @model_validator(mode="after")
     def _one_rate(self) -> "TrainingSpec":
@@ -124,6 +180,20 @@ class TrainingSpec(Section):
         return self.base_learning_rate * self.batch_size * self.accumulate * processes * repeats / 256
 
 
+def _weighted(text: str) -> dict[str, float]:
+    """"0.5 bleu-4 + 0.5 cider" as metric -> weight."""
+    found: dict[str, float] = {}
+    for term in text.split("+"):
+        parts = re.fullmatch(r"\s*(?:(\d*\.?\d+)\s*[* ]\s*)?([A-Za-z][\w-]*)\s*", term)
+        if parts is None or parts[2] in found:
+            raise ValueError(
+                f"expected a metric, or a sum of different ones such as 0.5 bleu-4 + 0.5 cider; {term.strip()!r} is no "
+                "term of it"
+            )
+        found[parts[2]] = float(parts[1] or 1)
+    return found
+
+
 class GenerationSpec(Section):
     """How a report is decoded."""
 
@@ -132,11 +202,29 @@ class GenerationSpec(Section):
     max_new_tokens: Positive = 100
     repetition_penalty: Annotated[float, Field(gt=0)] = 1.0
     length_penalty: float = 1.0
+    rule: Literal["transformers", "r2gen"] = Field(
+        "transformers",
+        description="whose search: r2gen scores a text by its sum of log-probabilities alone, with no length_penalty and "
+        "no n-gram blocked among beams; without beams each earlier n-gram costs 1.386 and is not forbidden",
+    )
     no_repeat_ngram: Count = Field(0, description="n-grams of this length never come twice; 0 is off")
     sample: Flag = Field(False, description="draw tokens instead of taking the best; follows the seed")
     temperature: Annotated[float, Field(gt=0)] = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     batch_size: Positive = Field(16, description="studies decoded at a time")
+
+    @model_validator(mode="after")
+    def _possible(self) -> "GenerationSpec":
+        if self.min_new_tokens > self.max_new_tokens:
+            raise ValueError(
+                f"min_new_tokens {self.min_new_tokens} is more than max_new_tokens {self.max_new_tokens}; lower the first "
+                "or raise the second"
+            )
+        if self.sample and self.beams > 1:
+            raise ValueError(
+                f"beams {self.beams} keep the likeliest texts, and sample draws one; set beams: 1 or sample: false"
+            )
+        return self
 
 
 class Spec(Section):
@@ -146,6 +234,11 @@ class Spec(Section):
     task: str = Field(description="pretrain, classify, report, or another registered task")
     seed: Annotated[int, Strict(), Field(ge=0, lt=2**31)] = 42
     output: str | None = Field(None, description="run folder; runs/NAME if null")
+    weights: str | None = Field(
+        None,
+        description="a checkpoint of a whole system that a fit begins with: a file of R2GenCSR, R2GenGPT or R2Gen. Where it "
+        "has the encoder, encoder.weights is not read",
+    )
     data: SerializeAsAny[DataSpec]
     encoder: Part | None = None
     masker: Part | None = None
@@ -497,12 +590,19 @@ def _owner(location: list[str], data: Any) -> tuple[str, list[str]]:
     """Whose setting it is, in words, and the names that it has."""
     if not location:
         return " of a spec", list(Spec.model_fields)
-    section = location[-1] if location[-1] in SECTIONS else location[-2] if len(location) > 1 else location[-1]
-    if section in SECTIONS:
-        node = data
-        for part in location:
+    last = max((i for i, part in enumerate(location) if part in SECTIONS), default=None)
+    if last is not None:
+        section, node, inner = location[last], data, location[last + 1 :]
+        if inner and inner[0].isdigit():
+            last, inner = last + 1, inner[1:]
+        for part in location[: last + 1]:
             node = node[int(part)] if isinstance(node, list) else node[part]
-        model = registry_of(section).settings_of(node["name"])
-        return f" of {node['name']!r}", list(model.model_fields)
+        model: type[BaseModel] = registry_of(section).settings_of(node["name"])
+        for part in inner:
+            # A block of settings inside a part's own, such as `lora`.
+            annotation = model.model_fields[part].annotation
+            kinds = [k for k in (annotation, *get_args(annotation)) if isinstance(k, type) and issubclass(k, BaseModel)]
+            model = kinds[0] if kinds else model
+        return f" of {inner[-1] if inner else node['name']!r}", list(model.model_fields)
     models: dict[str, type[BaseModel]] = {"data": DataSpec, "training": TrainingSpec, "generation": GenerationSpec}
     return f" of {location[-1]!r}", list(models[location[-1]].model_fields) if location[-1] in models else []

@@ -3,6 +3,7 @@
 import contextlib
 import importlib.util
 import platform
+import re
 import warnings
 from collections import Counter
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count
@@ -20,15 +22,16 @@ from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 from medxray.encoders import ENCODERS, Encoder, freeze
 from medxray.encoders.shapes import shapes_only
 from medxray.pipeline import Pipeline
+from medxray.retrieval.context import context_tokens
 from medxray.spec import Spec
-from medxray.tasks import Task, build_encoder
+from medxray.tasks import Task, build_encoder, unfilled
 from medxray.training import checkpoint_activations
-from medxray.types import Features, MedxrayError
+from medxray.types import Context, Features, MedxrayError
 
 
 def summarise(pipeline: Pipeline) -> dict[str, str]:
-    """Parameters, tokens, arithmetic and memory of a pipeline; no data are needed."""
-    task = pipeline.task
+    """Parameters, tokens, arithmetic and memory of a pipeline; no data are needed, and for reports no weights are read."""
+    task = _without_numbers(pipeline)
     found = _parameters(task)
     for name, part in task.named_children():
         own = sum(p.numel() for p in part.parameters())
@@ -43,9 +46,126 @@ def summarise(pipeline: Pipeline) -> dict[str, str]:
     else:
         checkpoint_activations(task, pipeline.spec.training.gradient_checkpointing)
         found |= _step(task, task.learner, height, width)
-    found["weights, gradients and AdamW"] = _optimised(task)
+    if pipeline.spec.decoder is not None:
+        found |= _report(task, height, width)
+    else:
+        found["weights, gradients and AdamW"] = _optimised(task)
     found["counted"] = cost.origin
     return found
+
+
+def _without_numbers(pipeline: Pipeline) -> Task:
+    """The pipeline's model, without memory where it writes reports: a language model may be larger than this machine."""
+    if pipeline.spec.decoder is None or pipeline.given is not None:
+        return pipeline.task
+    return unfilled(pipeline.spec)
+
+
+def _report(task: Any, height: int, width: int) -> dict[str, str]:
+    """What stands in a study's prompt, and what a training step of a report task takes."""
+    spec: Any = task.spec
+    views = 1 if spec.data.views == "single" else spec.data.max_views
+    with shapes_only(task) as copy:
+        features = copy.encoder.eval()(torch.zeros(1, copy.encoder.channels, height, width))
+        tokens = features.tokens.repeat(1, views if spec.data.views == "concatenate" else 1, 1)
+        image = copy.projector.on_grid(tokens, features.grid).shape[1]
+        count, counted = _text_length(copy.decoder)
+        vectors = _context_length(copy, count)
+    prompt = getattr(task.decoder, "prompt", None)
+    words = sum(count(part) for part in prompt.parts if part not in ("{image}", "{context}")) + (not prompt.chat) if prompt else 0
+    report = task.decoder.max_length
+    found = {
+        "tokens a study": f"{vectors + words + image + report:,}: context {vectors}, prompt {words}, image {image}, report at "
+        f"most {report}{'' if counted or words < 2 else ' (words are estimates: the tokenizer is not on this machine)'}"
+    }
+    batch = spec.training.batch_size
+    checkpoint_activations(task, spec.training.gradient_checkpointing)
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=spec.training.precision == "bf16")
+    kept = 0.0
+    try:
+        if any(p.requires_grad for p in task.encoder.parameters()):
+            with shapes_only(task.encoder) as encoder, autocast:
+                kept += views * _for_each_image(encoder.train(), height, width)
+        if hasattr(task.decoder, "llm"):
+            with shapes_only(_Reading(task.decoder, vectors + words + image, report)) as reading, autocast:
+                kept += _for_each_image(reading, 1, 1)
+    except Exception as error:
+        found["a step's activations"] = f"cannot be counted without running it ({type(error).__name__})"
+    trained = 12 * sum(p.numel() for p in task.parameters() if p.requires_grad)
+    for how, weights in _weights(task).items():
+        activations = "activations" if hasattr(task.decoder, "llm") else "activations of the encoder"
+        parts = {"weights": weights, "gradients and AdamW": trained, activations: batch * kept}
+        said = ", ".join(f"{name} {_bytes(size)}" for name, size in parts.items())
+        found[f"a step of {batch}{how}"] = f"{_bytes(sum(parts.values()))}: {said}"
+    return found
+
+
+def _weights(task: Any) -> dict[str, float]:
+    """Ways to hold a report task's weights -> bytes; those of a language model that is not trained can be small."""
+    bytes_of = {id(p): p.numel() * p.element_size() for p in task.parameters()}
+    llm: Any = getattr(task.decoder, "llm", nn.Module())
+    frozen = [p for p in llm.parameters() if not p.requires_grad]
+    rest = sum(bytes_of.values()) - sum(bytes_of[id(p)] for p in frozen)
+    if not frozen:
+        return {"": rest}
+    head = llm.get_output_embeddings()
+    linear = {
+        id(m.weight) for m in llm.modules() if isinstance(m, nn.Linear) and m is not head and not m.weight.requires_grad
+    }
+    whole = sum(2 * p.numel() for p in frozen)
+    # Of 64 numbers each 4 bits and one scale in 32.
+    small = sum(p.numel() * (0.5 + 4 / 64) if id(p) in linear else 2 * p.numel() for p in frozen)
+    return {", language model in bf16": rest + whole, ", in 4 bits": rest + small}
+
+
+def _text_length(decoder: Any) -> tuple[Any, bool]:
+    """Text -> its number of tokens, and whether that is counted and no estimate."""
+    tokenizer = getattr(decoder, "tokenizer", None)
+    if tokenizer is not None:
+        return lambda text: len(tokenizer(text, add_special_tokens=False).input_ids), True
+    return lambda text: len(re.findall(r"\w+|[^\w\s]|\n", text)), False
+
+
+def _context_length(task: Any, count: Any) -> int:
+    """Tokens of the context vectors in their prompts."""
+    if task.bank is None or task.bank.settings.residual == "none":
+        return 0
+    prompt, settings = getattr(task.decoder, "prompt", None), task.bank.settings
+
+    def wrap(vectors: Tensor, pool: str) -> Tensor:
+        around = sum(count(text) for text in prompt.context[pool]) if prompt is not None else 0
+        return torch.cat([vectors, vectors.new_zeros(len(vectors), around, vectors.shape[2])], 1)
+
+    positive, negative = (torch.zeros(1, n, task.encoder.width) for n in (settings.positives, settings.negatives))
+    context = Context(positive, negative, [], [])
+    pooled = torch.zeros(1, task.encoder.width)
+    return context_tokens(settings.residual, pooled, context, task.projector.project, wrap).shape[1]
+
+
+class _Reading(nn.Module):
+    """A language model that reads prompts and reports of some length, as many as it is given images."""
+
+    channels = 1
+
+    def __init__(self, decoder: Any, prompt: int, report: int) -> None:
+        super().__init__()
+        self.llm: Any = decoder.llm
+        self.llm.train(decoder.trainable)
+        self.prompt, self.report, self.width = prompt, report, decoder.width
+        for parameter in self.llm.parameters():
+            if not parameter.requires_grad:
+                parameter.data = parameter.data.bfloat16()
+
+    def forward(self, images: Tensor) -> Tensor:
+        """images (B, 1, 1, 1) -> the loss ()."""
+        table = self.llm.get_input_embeddings().weight
+        embeddings = table.new_zeros(len(images), self.prompt + self.report, self.width).requires_grad_()
+        targets = torch.zeros(len(images) * self.report, dtype=torch.long, device=table.device)
+        mask = torch.ones(embeddings.shape[:2], dtype=torch.long, device=table.device)
+        logits = self.llm(
+            inputs_embeds=embeddings, attention_mask=mask, logits_to_keep=self.report + 1, use_cache=False
+        ).logits[:, :-1]
+        return F.cross_entropy(logits.float().flatten(0, 1), targets)
 
 
 def _step(task: Task, learner: nn.Module, height: int, width: int) -> dict[str, str]:

@@ -396,6 +396,9 @@ class Fitter(Trainer):
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         # The last place before the optimiser's step.
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        if self.settings.clip_value:
+            # Gradients are on their own scale by now: the norm was taken of them.
+            nn.utils.clip_grad_value_(model.parameters(), self.settings.clip_value)
         loss = torch.stack(self.losses).sum()
         finite = loss.isfinite()
         if not self.rescaled:
@@ -463,24 +466,27 @@ class Fitter(Trainer):
         return guilty
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """AdamW over groups by rate, depth and decay."""
+        """AdamW or Adam over groups by rate, depth and decay."""
         self.optimizer: Any
         if self.optimizer is None:
-            self.optimizer = torch.optim.AdamW(
+            kind = torch.optim.AdamW if self.settings.optimiser == "adamw" else torch.optim.Adam
+            self.optimizer = kind(
                 parameter_groups(self.task, self.settings, self.peak),
                 lr=self.peak,
                 betas=(self.settings.betas[0], self.settings.betas[1]),
+                amsgrad=self.settings.amsgrad,
                 # The fused one can pass over a step by a flag on the device.
                 fused=True if self.deferred and not self.rescaled else None,
             )
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LambdaLR:
-        """Warm-up from zero, then cosine, linear or constant, down to a floor."""
+        """Warm-up from zero, then as `training.schedule` says."""
         self.lr_scheduler: Any
         if self.lr_scheduler is None:
             self.lr_scheduler = LambdaLR(
-                optimizer or self.optimizer, rate_factor(self.settings, num_training_steps, self.peak)
+                optimizer or self.optimizer,
+                rate_factor(self.settings, num_training_steps, self.peak, self.steps_per_epoch),
             )
             self._created_lr_scheduler = True
         return self.lr_scheduler
@@ -545,6 +551,7 @@ class Fitter(Trainer):
             self._check_steps()
             if self.settings.final_weight_decay is not None:
                 logs["weight_decay"] = weight_decay(self.settings, self.state.global_step - 1, self.steps)
+            logs |= self.task.logged()
         super().log(logs)
         if self.is_world_process_zero():
             row = {"step": self.state.global_step, **logs}
@@ -643,8 +650,9 @@ def load_trained(task: Task, path: Path) -> None:
     except Exception as error:  # safetensors raises its own type
         raise RunError(f"weights {path} are damaged: {error}; fit again, or restore the file") from error
     present = set(state)
-    allowed = tuple(name for name in task.state_dict() if name not in present and name.startswith(task.frozen_public()))
-    load_into(task, state, str(path), allow_missing=allowed if task.frozen_public() else ())
+    public = task.frozen_public()
+    allowed = [name for name in task.state_dict() if name not in present and name.startswith(public)]
+    load_into(task, state, str(path), allow_missing=allowed)
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
@@ -670,7 +678,8 @@ def parameter_groups(task: Task, settings: TrainingSpec, peak: float) -> list[di
             rate *= settings.layer_decay ** (len(blocks) + 1 - depth)
         if not parameter.requires_grad:
             continue
-        decays = (scheduled or settings.weight_decay > 0) and parameter.ndim > 1 and not UNDECAYED.search(name)
+        whole = settings.optimiser == "adam" or (parameter.ndim > 1 and not UNDECAYED.search(name))
+        decays = (scheduled or settings.weight_decay > 0) and whole
         decay = settings.weight_decay if decays else 0.0
         group = groups.setdefault(
             (rate, decays), {"params": [], "lr": rate, "weight_decay": decay, "decays": decays}
@@ -693,7 +702,9 @@ def weight_decay(settings: TrainingSpec, step: int, steps: int) -> float:
     return settings.final_weight_decay + (settings.weight_decay - settings.final_weight_decay) * rest
 
 
-def rate_factor(settings: TrainingSpec, steps: int, peak: float) -> Callable[[int], float]:
+def rate_factor(
+    settings: TrainingSpec, steps: int, peak: float, steps_per_epoch: int = 1
+) -> Callable[[int], float]:
     """Step -> factor on the peak rate."""
     warmup = round(settings.warmup * steps)
     floor = settings.min_learning_rate / peak if peak else 0.0
@@ -701,6 +712,8 @@ def rate_factor(settings: TrainingSpec, steps: int, peak: float) -> Callable[[in
     def factor(step: int) -> float:
         if step < warmup:
             return (step + 1) / (warmup + 1)
+        if settings.schedule == "step":
+            return float(settings.step_factor ** (step // (settings.step_epochs * steps_per_epoch)))
         progress = min(1.0, (step - warmup) / max(1, steps - warmup))
         if settings.schedule == "constant":
             return 1.0

@@ -4,10 +4,12 @@ N tokens, D width, L sequence, K classes."""
 from __future__ import annotations
 
 import dataclasses
+import math
+import re
 import textwrap
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any, NamedTuple, NotRequired, TypedDict
 
 if TYPE_CHECKING:
     import torch
@@ -41,7 +43,8 @@ class Study(TypedDict):
     """One row of a `datasets.Dataset`: a patient's visit with its images and report.
 
     `labels` maps a name to 1 present, 0 absent, -1 uncertain; a name that is missing is None.
-    `report` is the cleaned target text; `views` are "PA", "AP", "LL" or "unknown", one an image.
+    `report` is the cleaned target text; `views` are "PA", "AP", "LL" or "unknown", one an image. `indication`, why the
+    study was made, and `prior`, the report of the patient's study before, are "" where unknown, or left out.
     """
 
     study_id: str
@@ -53,6 +56,8 @@ class Study(TypedDict):
     report: str
     labels: dict[str, int | None]
     split: str
+    indication: NotRequired[str]
+    prior: NotRequired[str]
 
 
 @dataclass
@@ -70,6 +75,8 @@ class Batch:
             it depends neither on the batch nor on the number of processes.
         regions: (B, V, h, w) float32 coverage of each token by the chest, or None.
         features: of a frozen encoder, computed once: tokens (B, V, N, D), pooled (B, V, D); or None.
+        indications: B texts, why each study was made; "" where unknown, [] where nobody asks.
+        priors: B reports of the patients' studies before, likewise.
     """
 
     pixels: torch.Tensor
@@ -81,6 +88,8 @@ class Batch:
     seeds: torch.Tensor
     regions: torch.Tensor | None = None
     features: Features | None = None
+    indications: list[str] = field(default_factory=list)
+    priors: list[str] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.study_ids)
@@ -135,6 +144,32 @@ class Context:
     negative_ids: list[list[str]]
 
 
+class Word(NamedTuple):
+    """A word of a generated report, with its probability after the words before it."""
+
+    text: str
+    probability: float
+
+
+def token_words(tokens: Sequence[str]) -> list[list[int]]:
+    """For each token the words of `"".join(tokens).split()` that it has a part in.
+
+    One without letters of its own, such as a space or half a character, belongs to the word that follows; an end sign to none.
+    """
+    spans = [match.span() for match in re.finditer(r"\S+", "".join(tokens))]
+    found, start, first = [], 0, 0
+    for token in tokens:
+        stop = start + len(token)
+        while first < len(spans) and spans[first][1] <= start:
+            first += 1
+        last = first
+        while last < len(spans) and (spans[last][0] < stop or last == first):
+            last += 1
+        found.append(list(range(first, last)))
+        start = stop
+    return found
+
+
 @dataclass
 class Prediction:
     """What a pipeline says of one study; a row of `predictions.parquet`.
@@ -144,14 +179,29 @@ class Prediction:
         text: the generated report; "" for tasks without text.
         scores: a probability for each label, or a reconstruction error; empty for reports.
         context: ids of the training studies that were used, by pool.
+        similarity: by pool, the cosine of each of them with the study, between pooled encoder features.
         log_probabilities: one a generated token.
+        tokens: what each of these tokens adds to `text`; empty where a decoder does not tell.
     """
 
     study_id: str
     text: str = ""
     scores: dict[str, float] = field(default_factory=dict)
     context: dict[str, list[str]] = field(default_factory=dict)
+    similarity: dict[str, list[float]] = field(default_factory=dict)
     log_probabilities: list[float] = field(default_factory=list)
+    tokens: list[str] = field(default_factory=list)
+
+    @property
+    def words(self) -> list[Word]:
+        """The words of `text` with the probability that the model gave each, the product over its tokens."""
+        if not self.tokens:
+            return []
+        sums: dict[int, float] = {}
+        for words, value in zip(token_words(self.tokens), self.log_probabilities, strict=True):
+            for word in words:
+                sums[word] = sums.get(word, 0.0) + value
+        return [Word(word, math.exp(sums[i])) for i, word in enumerate("".join(self.tokens).split())]
 
     def __str__(self) -> str:
         return self.text or ", ".join(f"{name} {value:.3f}" for name, value in self.scores.items())

@@ -221,6 +221,38 @@ def test_the_best_model_is_chosen_by_a_named_metric(phantom: Path, tmp_path: Pat
     assert len(values) == 2 and state["best_metric"] == max(values.values())
 
 
+def test_the_best_model_is_chosen_by_a_sum_of_metrics(phantom: Path, tmp_path: Path) -> None:
+    training = {"steps": 2, "batch_size": 8, "validation_studies": 4, "select": "0.25 bleu-1 + 0.5*bleu-4"}
+    medxray.build(spec(phantom, tmp_path / "run", training=training)).fit(progress=False)
+    rows = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    (row,) = [row for row in rows if "eval_bleu-1" in row]
+    assert row["eval_bleu-1"] > 0
+    assert row[f"eval_{training['select']}"] == pytest.approx(0.25 * row["eval_bleu-1"] + 0.5 * row["eval_bleu-4"])
+    mixed = {**training, "select": "bleu-1 + loss"}
+    with pytest.raises(SpecError, match=r"training\.select: of bleu-1 and loss some are better when higher"):
+        medxray.build(spec(phantom, tmp_path / "other", training=mixed)).fit(progress=False)
+
+
+def test_ablations_can_be_left_out(fitted: medxray.Pipeline, phantom: Path) -> None:
+    assert "same model, context off" not in fitted.evaluate("val", ablations=False, progress=False).comparisons
+
+
+def test_studies_are_predicted_by_the_length_of_their_texts(
+    fitted: medxray.Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images, task, seen = fitted.images("val"), fitted.task, list[str]()
+    in_order = fitted._predict_all(task.predict, images, "", progress=False)
+    rows = list(range(len(images)))
+    monkeypatch.setattr(task.decoder, "reading_lengths", lambda texts, n: [-(i * 7 % n) for i in rows])
+
+    def predict(batch: medxray.Batch) -> list[medxray.Prediction]:
+        seen.extend(batch.study_ids)
+        return task.predict(batch)
+
+    assert [p.text for p in fitted._predict_all(predict, images, "", progress=False)] == [p.text for p in in_order]
+    assert seen == [images.study_ids[i] for i in sorted(rows, key=lambda i: -(i * 7 % len(rows)))] != images.study_ids
+
+
 def test_an_encoder_that_is_not_what_it_declares_leaves_nothing_behind(phantom: Path, tmp_path: Path) -> None:
     class Wrong(medxray.Encoder):
         def __init__(self, makes: int, takes: int = 16) -> None:

@@ -7,9 +7,10 @@ import xml.etree.ElementTree as ET
 import pytest
 
 from medxray.types import Score
-from medxray.visual.charts import Series, bar, interval_strip, line_chart, number, training_curves
+from medxray.visual.charts import Series, bar, interval_chart, interval_strip, line_chart, number, training_curves
 
 NAN = math.nan
+SVG = "{http://www.w3.org/2000/svg}"
 
 
 def svg(figure: str) -> ET.Element:
@@ -111,3 +112,30 @@ def test_numbers():
         "1.23e5",
         "undefined",
     ]
+
+
+def test_a_picture_of_intervals_has_every_row_and_the_floor_to_beat():
+    def s(value: float, half: float = 0.1) -> Score:
+        return Score(value, value - half, value + half, 20)
+
+    rows = {"a & b": {"f1": s(0.5)}, "c": {"f1": s(math.nan)}, "worst": {"f1": s(0.2)}, "best": {"f1": s(0.3, math.nan)}}
+    root = ET.fromstring(interval_chart(rows, ["f1", "lost"], floors=["worst", "best", "absent"]))
+    texts = [t.text for t in root.iter(SVG + "text")]
+    assert [t for t in texts if t in rows] == list(rows) and {"f1", "lost", "0.0"} <= set(texts)
+    marks = list(root.iter(SVG + "g"))
+    assert [m.get("class") for m in marks] == ["model", "floor", "floor"]
+    where = [float(m.find(SVG + "circle").get("cx")) for m in marks]
+    assert where[1] < where[2] < where[0]
+    (least,) = (p for p in root.iter(SVG + "path") if p.get("class") == "least")
+    assert least.get("d").startswith(f"M{where[2]:.1f} ")
+    spans = [m.find(SVG + "path") for m in marks]
+    assert spans[0] is not None and spans[2] is None
+    assert len(spans[0].get("d").split("H")) == 2
+
+
+def test_of_errors_the_least_floor_is_the_one_to_beat():
+    rows = {name: {"reconstruction-error": Score(v, v, v, 9)} for name, v in (("model", 0.5), ("x", 0.1), ("y", 0.4))}
+    root = ET.fromstring(interval_chart(rows, ["reconstruction-error"], floors=["x", "y"]))
+    least = next(p for p in root.iter(SVG + "path") if p.get("class") == "least")
+    x = list(root.iter(SVG + "circle"))[1].get("cx")
+    assert least.get("d").startswith(f"M{float(x):.1f} ")

@@ -11,10 +11,11 @@ import pytest
 
 from medxray.types import MedxrayError, RunError, Score, Scores
 from medxray.visual import ContextCard, StudyCard
+from medxray.visual.attention import ACROSS, EDGE, heat_sheet
 from medxray.visual.report_page import report_page
 
 EVIL = "<script>alert(1)</script> \" ' & </pre>"
-VOID = {"meta", "img", "br", "rect", "path", "circle"}
+VOID = {"meta", "img", "br", "rect", "path", "circle", "input"}
 
 
 class Page(html.parser.HTMLParser):
@@ -175,6 +176,85 @@ def test_a_prediction_without_reference_is_not_marked(tmp_path):
     assert "lungs are clear ." in found.text and found.count("mark") == 0
 
 
+def explained(**settings) -> StudyCard:
+    rng = np.random.default_rng(0)
+    shares = rng.random((2, 6, 3, 4)).astype(np.float32)
+    shares /= shares.sum((0, 2, 3), keepdims=True)[:, :, :1]
+    given = {
+        "confidence": [0.9, 0.25, 1.0, 0.5, math.nan, 0.0], "attention": list(shares), "pointed": [1, 2], **settings
+    }  # fmt: skip
+    card = study("the heart is big.", "the heart is <b> & clear.", **given)
+    card.images, card.captions = [np.zeros((8, 8), np.float32)] * 2, ["PA", "LL"]
+    return card
+
+
+def test_each_word_shows_its_probability_and_chooses_its_own_map(tmp_path):
+    found = page(tmp_path, studies=[explained(), explained()])
+    words = [a for tag, a in found.elements if tag == "label" and a["class"].startswith("word")]
+    assert [a["class"] for a in words] == [f"word w{i}" for i in range(6)] * 2
+    doubts = ["--doubt:0.10", "--doubt:0.75", "--doubt:0.00", "--doubt:0.50", None, "--doubt:1.00"]
+    assert [a.get("style") for a in words[:6]] == doubts
+    assert words[1]["title"] == "25%" and words[4].get("title") is None
+    radios = [a for tag, a in found.elements if tag == "input"]
+    assert len({a["name"] for a in radios}) == 2 and len(radios) == 14 and sum("checked" in a for a in radios) == 2
+    assert "the heart is <b> & clear." in found.text and "map of findings" in found.text
+    # Every word has a rule by which its tile comes, chosen or pointed at; rules for more words are not there.
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    for state in (">:checked", ":hover"):
+        assert f"article:has(.w5{state}){{--x:6;--y:0}}" in text and f".w6{state}" not in text
+    assert found.count("script") == 0 and not re.search(r"url\(", text)
+
+
+def test_a_sheet_holds_the_map_of_findings_and_then_that_of_each_word():
+    card = explained()
+    card.attention[0][4], card.attention[1][4] = 0, 0
+    card.attention[1][4, 2, 3] = 1.0
+    sheets = heat_sheet(card.attention, card.pointed, "s1")
+    assert [(size, rows) for _, size, rows in sheets] == [((3, 4), 1)] * 2
+    tall, wide = 3 + 2 * EDGE, 4 + 2 * EDGE
+    for (sheet, *_), shares in zip(sheets, card.attention, strict=True):
+        assert sheet.size == (ACROSS * wide, tall)
+        opacity = np.asarray(sheet.convert("RGBA"))[..., 3].reshape(tall, ACROSS, wide).swapaxes(0, 1)
+        inner = opacity[:, EDGE:-EDGE, EDGE:-EDGE].astype(int)
+        mean = shares[[1, 2]].mean(0)
+        assert not inner[0][mean * 24 <= 1].any()
+        assert inner[0].ravel()[mean.argmax()] == inner[0].max()
+        assert (opacity[:, :EDGE, EDGE:-EDGE] == opacity[:, EDGE : EDGE + 1, EDGE:-EDGE]).all()
+    last = np.asarray(sheets[1][0].convert("RGBA"))[EDGE:-EDGE, 5 * wide + EDGE : 6 * wide - EDGE, 3]
+    assert last[2, 3] == last.max() > 150 and (last > 0).sum() == 1
+
+
+def test_an_even_map_has_no_colour_and_a_fine_one_is_averaged():
+    even = np.full((20, 80, 8), 1 / 640, np.float32)
+    (sheet, size, rows), = heat_sheet([even], [], "s1")
+    assert size == (16, 8) and rows == 2
+    assert np.asarray(sheet.convert("RGBA"))[..., 3].max() == 0
+
+
+def test_attention_that_is_no_map_of_words_is_named():
+    with pytest.raises(MedxrayError, match=r"s1.*\(words, h, w\).*\(2, 6\)"):
+        heat_sheet([np.ones((2, 6), np.float32)], [], "s1")
+
+
+def test_what_a_decoder_does_not_tell_is_left_out(tmp_path):
+    bare = page(tmp_path, studies=[explained(attention=[], remark="no map")])
+    assert bare.count("input") == 0 and "no map" in bare.text
+    assert sum(a.get("class", "").startswith("word") for t, a in bare.elements if t == "span") == 6
+    silent = page(tmp_path, studies=[explained(attention=[], confidence=[])])
+    assert "probability" not in silent.text and "the heart is <b> & clear." in silent.text
+    assert page(tmp_path, studies=[explained(confidence=[], pointed=[])]).text.count("map of all words") == 1
+    nothing = explained(attention=[np.zeros((0, 3, 4))], confidence=[])
+    nothing.prediction = ""
+    assert "empty" in page(tmp_path, studies=[nothing]).text
+
+
+def test_how_near_a_context_study_is(tmp_path):
+    context = [ContextCard("a", "diseased", None, "x", 0.8768), ContextCard("b", "normal", None, "y")]
+    found = page(tmp_path, studies=[study("a", "b", context=context)])
+    assert found.text.count("diseased 0.877") == 2 and "cosine" in found.text
+    assert "cosine" not in page(tmp_path, studies=[study("a", "b", context=context[1:])]).text
+
+
 def test_24_studies_of_large_images_stay_small(tmp_path):
     rng = np.random.default_rng(0)
     shade = np.linspace(0, 1, 512, dtype=np.float32)
@@ -184,8 +264,10 @@ def test_24_studies_of_large_images_stay_small(tmp_path):
     for cards, count in ((two, 2), (four, 4)):
         for card in cards:
             card.images, card.captions = images[:count], ["input"] * count
+            card.prediction, card.confidence = "word " * 100, [0.5] * 100
+            card.attention = [rng.random((100, 14, 14), np.float32) ** 8 for _ in range(count)]
         assert page(tmp_path, studies=cards).count("article") == 24
-        assert (tmp_path / "report.html").stat().st_size < 4e6
+        assert (tmp_path / "report.html").stat().st_size < 6e6
 
 
 def test_a_wrong_image_leaves_the_former_page(tmp_path):

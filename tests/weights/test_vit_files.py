@@ -435,7 +435,7 @@ class TestWriting:
             ({"norm_eps": 1e-12}, "timm", "encoder.norm_eps: timm"),
             ({"registers": 2}, "transformers", "encoder.registers: transformers"),
             ({"registers": 2, "layer_scale": 0.1}, "transformers", "encoder.registers, encoder.layer_scale: transformers"),
-            ({}, "onnx", "format 'onnx' is not known; expected timm or transformers"),
+            ({}, "onnx", "format 'onnx' is not known; expected timm, transformers or medxray"),
         ],
     )
     def test_what_has_no_place(self, settings: dict[str, Any], format: Any, named: str, tmp_path: Path) -> None:
@@ -486,4 +486,4 @@ def test_a_run_is_written(phantom: Path, tmp_path: Path) -> None:
         hub = AutoModel.from_pretrained(tmp_path / "hub").eval()
         close(hub(images).last_hidden_state[:, 1:], encoder(images).tokens)
     result = CliRunner().invoke(app, [*command[:-1], "onnx"])
-    assert result.exit_code == 2 and "expected timm or transformers" in result.stderr
+    assert result.exit_code == 2 and "expected timm, transformers or medxray" in result.stderr

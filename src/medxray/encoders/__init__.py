@@ -3,9 +3,10 @@
 from abc import ABC, abstractmethod
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from medxray.adapters import LoRA
 from medxray.layers import chosen
 from medxray.registry import Registry, Settings
 from medxray.types import Features, MedxrayError, SpecError
@@ -95,6 +96,15 @@ class EncoderSettings(Settings):
         "Hugging Face hub",
     )
     trainable: bool = Field(True, description="False freezes it; its features are then computed once and cached")
+    lora: LoRA | None = Field(
+        None, description="train low-rank updates in place of its weights; {} takes those of R2GenGPT's delta alignment"
+    )
+
+    @model_validator(mode="after")
+    def _learns(self) -> "EncoderSettings":
+        if self.lora is not None and not self.trainable:
+            raise ValueError("trainable: false freezes all of it and lora trains a part; remove one of the two")
+        return self
 
 
 ENCODERS: Registry[Encoder] = Registry(

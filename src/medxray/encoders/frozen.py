@@ -24,7 +24,7 @@ def compute_once(encoder: Encoder, images: StudyImages, batch_size: int, *, prog
     Looked up by what they follow from: the encoder's tensors, the way images are read, and each file's name,
     size and time. Written beside their final place and renamed, so that a kill leaves nothing half.
     """
-    folder = cache_folder() / "features" / _key(encoder, images)
+    folder = cache_folder() / "features" / features_key(encoder, images)
     if not (folder / "grid.json").is_file():
         staged = folder.with_name(f"{folder.name}.{os.getpid()}")
         shutil.rmtree(staged, ignore_errors=True)
@@ -61,12 +61,22 @@ def _compute(encoder: Encoder, images: StudyImages, batch_size: int, folder: Pat
     (folder / "grid.json").write_text(json.dumps(features.grid))
 
 
-def _key(encoder: Encoder, images: StudyImages) -> str:
+def fingerprint(encoder: Encoder) -> str:
+    """SHA-256 of an encoder's class and tensors."""
+    return _digest(encoder).hexdigest()
+
+
+def _digest(encoder: Encoder) -> "hashlib._Hash":
     digest = hashlib.sha256(type(encoder).__qualname__.encode())
     for name, tensor in encoder.state_dict().items():
         digest.update(name.encode())
-        digest.update(tensor.detach().cpu().numpy().tobytes())
-    spec = images.spec
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest
+
+
+def features_key(encoder: Encoder, images: StudyImages) -> str:
+    """What the features of images follow from, as a name."""
+    digest, spec = _digest(encoder), images.spec
     digest.update(repr((spec.image_size, spec.fit, images.max_views, encoder.mean, encoder.std)).encode())
     if spec.decode != "full":
         digest.update(spec.decode.encode())

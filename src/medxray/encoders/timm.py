@@ -55,6 +55,8 @@ class TimmEncoder(Encoder):
         self.name, self.channels = model, channels
         coloured = pretrained and channels == 1
         self.model: Any
+        # On the meta device there are no numbers to fetch.
+        pretrained = pretrained and torch.get_default_device().type != "meta"
         self.model = _create(model, pretrained, 3 if coloured else channels, image_size, arguments or {})
         self.width = int(getattr(self.model, "num_features", 0))
         self.stride = _stride(model, self.model)

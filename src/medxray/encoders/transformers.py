@@ -19,7 +19,9 @@ from medxray.encoders.adapt import Coloured, features_from, grid_of, stride_of, 
 from medxray.registry import nearest
 from medxray.types import Features, SpecError, WeightsError
 from medxray.weights import IMAGENET_MEAN, IMAGENET_STD, NOT_ENCODER, refuse
+from medxray.weights.architectures import config_of
 from medxray.weights.families import to_hub
+from medxray.weights.writing import write_preprocessor
 
 SMALL: dict[str, Any] = {
     "model_type": "swin",
@@ -129,6 +131,15 @@ class TransformersEncoder(Encoder):
         refuse(source, type(self.model).__name__, sorted(found["missing_keys"]), left, disagree)
         return {f"model.{key}": value for key, value in model.state_dict().items()}
 
+    def save(self, folder: Path) -> None:
+        """Writes the model as `AutoModel.from_pretrained` reads it, with how its images are normalised."""
+        means, stds = self.mean, self.std
+        if self.colour is not None:
+            stds = tuple((self.std[0] / self.colour.gain).flatten().tolist())
+            means = tuple(self.mean[0] - s * shift for s, shift in zip(stds, self.colour.shift.flatten().tolist(), strict=True))
+        self.model.save_pretrained(folder)
+        write_preprocessor(folder, self.size, means, stds)
+
     def _measure(self) -> None:
         """Finds the tokens' width, the pixels that each stands for, and how many stand before those of the map."""
         self.stride = 1
@@ -146,7 +157,9 @@ class TransformersEncoder(Encoder):
             stride = stride_of(count - leading, *self.size)
             if stride is not None:
                 self.leading, self.stride = leading, stride
-                try_out(self, *self.size)
+                if leading:
+                    # Of parameters, some may have had a part in those tokens alone.
+                    try_out(self, *self.size)
                 return
         raise SpecError(
             f"encoder: {self.model.config.model_type!r} of transformers gives {count} tokens for "
@@ -163,6 +176,9 @@ def _load(name: str) -> nn.Module:
             "model.safetensors), or a name on the Hugging Face hub such as microsoft/swin-base-patch4-window7-224"
         )
     source = str(path) if path.is_dir() else name
+    if torch.get_default_device().type == "meta":
+        made = AutoModel.from_config(config_of(source, "encoder.model", path if path.is_dir() else None))
+        return _vision(made, f"model {name!r}")
     try:
         kind = AutoConfig.from_pretrained(source, trust_remote_code=False).model_type
         # MAE's own class hides a random share of each image; its encoder is the plain ViT.

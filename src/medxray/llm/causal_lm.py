@@ -3,24 +3,33 @@ or built from a configuration with a tokenizer learned from the training reports
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.util
+import inspect
 import json
 import os
-import warnings
+import re
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
+from pydantic import AfterValidator, Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from medxray.adapters import ADAPTER, LoRA, adapt, merged, train_adapters, without_adapters
 from medxray.cache import cache_folder
-from medxray.llm import Generated, ReportDecoder
-from medxray.llm.prompts import PROMPTS
+from medxray.llm import Generated, ReportDecoder, StudyTexts
+from medxray.llm.attention import attention_rows, spelled, word_rows
+from medxray.llm.causal_writer import CausalWriter
+from medxray.llm.decoding import decode
+from medxray.llm.prompts import CONTEXT, IMAGE, check_prompt, prompt_of
 from medxray.types import RunError, SpecError, WeightsError
 from medxray.weights import sha256
+from medxray.weights.architectures import config_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -28,25 +37,36 @@ if TYPE_CHECKING:
     from medxray.spec import GenerationSpec
 
 IGNORED = -100
-# N-grams are blocked among a report's own tokens alone, as is wanted; transformers warns of it.
-warnings.filterwarnings("ignore", message="Passing `no_repeat_ngram_size` with `inputs_embeds`")
+KEPT_TEXTS = 8192
 
 
 class CausalLM(ReportDecoder):
     """Prompt, context and image tokens as embeddings, then the report; loss on the report only.
 
     The sequence is BOS, context, prompt before the image, image tokens, prompt after it, report, EOS; reports are
-    padded on the right (R2GenGPT, R2GenCSR). One of `model` and `config` must be given.
+    padded on the right, prefixes of unequal length on the left (R2GenGPT, R2GenCSR). One of `model` and `config` must
+    be given. The model is frozen unless `lora` or `trainable` says otherwise.
+
+    BOS and EOS are the tokenizer's. One without BOS, such as Qwen's, has its padding sign there, which in its training
+    stood between documents. With `prompt: chat` the model's template says what comes first.
 
     Args:
         model: a Hugging Face name, a local folder, a .gguf file, or an installed Python package that holds one.
         config: settings of a transformers configuration with its model_type, for a model trained from nothing.
         vocabulary: size of the tokenizer that is learned from the training reports; with `config` only.
         words: with `config`, whole words as tokens in place of byte pairs.
-        trainable: train the language model too.
-        prompt: the words around image and context.
-        max_length: report tokens that are learned at most, the end sign not counted.
+        trainable: train the whole language model too.
+        lora: train low-rank updates of it; `{}` takes those of R2GenCSR.
+        quantize: hold the layers of a frozen model in 4 or 8 bits, by bitsandbytes.
+        dtype: in which a frozen model is held.
+        prompt: `r2gengpt`, word for word; `bare`, no words; `chat`, the same words in the model's own chat template; or a
+            template with `{image}` and, where wanted, `{context}`, `{indication}` and `{prior}`.
+        max_length: tokens of a report, its end sign with them, that are learned at most. A longer one is cut there and
+            teaches no end, as in the releases.
+        text_length: tokens of each text in the prompt at most: indication, prior, and every report of the context.
     """
+
+    reads_texts = True
 
     def __init__(
         self,
@@ -56,40 +76,62 @@ class CausalLM(ReportDecoder):
         vocabulary: int = 1000,
         words: bool = False,
         trainable: bool = False,
-        prompt: Literal["r2gengpt", "bare"] = "r2gengpt",
-        max_length: int = 100,
+        lora: LoRA | None = None,
+        quantize: Literal["4bit", "8bit"] | None = None,
+        dtype: Literal["float32", "bfloat16"] = "float32",
+        prompt: Annotated[str, AfterValidator(check_prompt)] = "r2gengpt",
+        max_length: Annotated[int, Field(gt=0)] = 100,
+        text_length: Annotated[int, Field(gt=0)] = 100,
     ) -> None:
         super().__init__()
         if (model is None) == (config is None):
             raise ValueError("give either model (a name, folder or GGUF file) or config (a new model), not both")
         if config is not None and not trainable:
             raise ValueError("a model built from config knows nothing; set trainable: true")
+        if trainable and lora is not None:
+            raise ValueError("trainable: true trains every weight and lora trains none of them; remove one of the two")
+        if trainable and (quantize is not None or dtype != "float32"):
+            named = "quantize" if quantize is not None else "dtype: bfloat16"
+            raise ValueError(
+                f"{named} is for weights that stay as they are, and trainable: true trains them; remove one of the two "
+                "(lora trains beside such weights, training.precision: bf16 computes in 16 bits)"
+            )
         self.source = model
-        self.prompt = PROMPTS[prompt]
         self.max_length = max_length
-        self.frozen = not trainable
+        self.text_length = text_length
+        self.trainable = trainable
+        self.quantized = quantize is not None
+        self.lora = lora
+        self.frozen = not trainable and lora is None
         self.tokenizer: PreTrainedTokenizerBase | None = None
         self.words = words
         self.llm: Any
         self._hash = ""
+        self._known: dict[str, list[int]] = {}
+        self._pieces: dict[tuple[str | None, torch.device], Tensor] = {}
         if model is not None:
-            self.llm, self.tokenizer, self._hash = load_pretrained(model)
+            self.llm, self.tokenizer, self._hash = load_pretrained(model, getattr(torch, dtype), quantize)
         else:
             assert config is not None
             self.llm = _from_config(config, vocabulary, seed)
         if self.tokenizer is not None:
             _check_tokenizer(self.tokenizer, model or "")
-        if self.frozen:
+        self.prompt = prompt_of(prompt, self.tokenizer)
+        if not trainable:
             self.llm.requires_grad_(False)
             self.llm.eval()
+        if lora is not None:
+            adapt(self.llm, lora, "decoder.lora")
         self.width = int(self.llm.get_input_embeddings().weight.shape[1])
         self.vocabulary = int(self.llm.get_input_embeddings().weight.shape[0])
+        self._has_positions = "position_ids" in inspect.signature(self.llm.forward).parameters
 
     def train(self, mode: bool = True) -> CausalLM:
-        """A frozen model stays in evaluation: no dropout in what is not learned."""
+        """What is not learned stays in evaluation; adapters have their own dropout."""
         super().train(mode)
-        if self.frozen:
+        if not self.trainable:
             self.llm.eval()
+            train_adapters(self.llm, mode)
         return self
 
     def prepare(self, reports: Sequence[str]) -> None:
@@ -113,89 +155,152 @@ class CausalLM(ReportDecoder):
             )
 
     def references(self) -> dict[str, str]:
-        return {self.source: self._hash} if self.source is not None and self.frozen else {}
+        return {self.source: self._hash} if self.source is not None and not self.trainable else {}
 
     def copy_public(self, folder: Path) -> None:
-        self.llm.save_pretrained(folder)
+        if self.quantized and self.source is not None:
+            # As published: the next machine may hold them otherwise.
+            public: Any = load_pretrained(self.source, self.llm.dtype)[0]
+            public.save_pretrained(folder)
+        else:
+            self.llm.save_pretrained(folder, state_dict=without_adapters(self.llm.state_dict()))
         self._ready().save_pretrained(folder)
+
+    def export(self, folder: Path) -> bool:
+        llm: Any = self.llm
+        state: dict[str, Tensor] = llm.state_dict()
+        if self.quantized and self.source is not None:
+            llm = load_pretrained(self.source, self.llm.dtype)[0]
+            state = {**llm.state_dict(), **{name: tensor.cpu() for name, tensor in state.items() if ADAPTER.search(name)}}
+        llm.save_pretrained(folder, state_dict=merged(state, self.lora) if self.lora is not None else state)
+        self._ready().save_pretrained(folder)
+        return True
 
     def count(self, reports: Sequence[str]) -> int:
         return sum(len(ids) for ids in self._targets(reports))
 
     def wrap_context(self, vectors: Tensor, pool: str) -> Tensor:
-        before, after = (self._embed_text(piece) for piece in self.prompt.context[pool])
+        before, after = (self._embed(self._piece(text, vectors.device)) for text in self.prompt.context[pool])
         B = vectors.shape[0]
         return torch.cat([before.expand(B, -1, -1), vectors, after.expand(B, -1, -1)], dim=1)
 
     def assemble(
-        self, visual: Tensor, context: Tensor | None, reports: Sequence[str]
+        self, visual: Tensor, context: Tensor | None, reports: Sequence[str], texts: StudyTexts | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Inputs of the language model: embeddings (B, L, D), attention mask (B, L), labels (B, L)."""
-        start = self.prefix(visual, context)
-        targets = self._labels(reports, start.device)
-        mask = targets != IGNORED
-        padding = self._ready().pad_token_id or 0
-        report = self.llm.get_input_embeddings()(targets.masked_fill(~mask, padding)).to(start.dtype)
-        attention = torch.cat([mask.new_ones(start.shape[:2]), mask], dim=1).long()
-        labels = torch.cat([targets.new_full(start.shape[:2], IGNORED), targets], dim=1)
-        return torch.cat([start, report], dim=1), attention, labels
+        start, before = self.prefix(visual, context, texts)
+        targets, mask = self._padded(self._targets(reports), "right", start.device)
+        labels = torch.cat([targets.new_full(before.shape, IGNORED), targets.masked_fill(~mask, IGNORED)], dim=1)
+        return torch.cat([start, self._embed(targets)], dim=1), torch.cat([before, mask.long()], dim=1), labels
 
-    def prefix(self, visual: Tensor, context: Tensor | None) -> Tensor:
-        """Everything before the report: embeddings (B, L, D)."""
-        B = visual.shape[0]
-        pieces = [self._bos(), None, self._embed_text(self.prompt.before), visual, self._embed_text(self.prompt.after)]
-        pieces[1] = context
-        return torch.cat(
-            [(p if p.shape[0] == B else p.expand(B, -1, -1)).to(visual.dtype) for p in pieces if p is not None], dim=1
-        )
+    def prefix(
+        self, visual: Tensor, context: Tensor | None, texts: StudyTexts | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Everything before the report: embeddings (B, L, D) and attention mask (B, L).
 
-    def loss(self, visual: Tensor, context: Tensor | None, reports: Sequence[str]) -> Tensor:
-        embeddings, attention, labels = self.assemble(visual, context, reports)
-        targets = self._labels(reports, labels.device)
+        Where studies have texts of their own, the shorter prefixes are padded on the left, so that all end together.
+        """
+        B, device = visual.shape[0], visual.device
+        # None stands for a mask of ones.
+        pieces: list[tuple[Tensor, Tensor | None]] = []
+        if not self.prompt.chat:
+            pieces.append((self._embed(self._piece(None, device)), None))
+        for part in self.prompt.parts:
+            own = self._context_texts(texts) if part == CONTEXT else self._filled(part, texts, B)
+            if part in (IMAGE, CONTEXT):
+                tokens = visual if part == IMAGE else context
+                pieces += [(tokens, None)] if tokens is not None else []
+            elif own is None:
+                pieces.append((self._embed(self._piece(part, device)), None))
+            if own is not None:
+                ids, mask = self._padded(self._tokens(own), "left", device)
+                pieces.append((self._embed(ids), mask))
+        dtype = self.llm.get_input_embeddings().weight.dtype
+        start = torch.cat([piece.expand(B, -1, -1).to(dtype) for piece, _ in pieces], dim=1)
+        if all(mask is None for _, mask in pieces):
+            return start, torch.ones(start.shape[:2], dtype=torch.long, device=device)
+        masks = [torch.ones(B, p.shape[1], dtype=torch.bool, device=device) if m is None else m for p, m in pieces]
+        # Padding goes to the left, all else keeps its order.
+        mask, order = torch.cat(masks, dim=1).long().sort(dim=1, stable=True)
+        longest = start[torch.arange(B, device=device)[:, None], order]
+        return longest, mask
+
+    def loss(
+        self, visual: Tensor, context: Tensor | None, reports: Sequence[str], texts: StudyTexts | None = None
+    ) -> Tensor:
+        embeddings, attention, labels = self.assemble(visual, context, reports, texts)
+        targets = labels[:, -max(len(ids) for ids in self._targets(reports)) :]
         # Logits only where a report's token follows: the vocabulary is the widest layer.
         logits = self.llm(
-            inputs_embeds=embeddings, attention_mask=attention, logits_to_keep=targets.shape[1] + 1, use_cache=False
+            inputs_embeds=embeddings,
+            attention_mask=attention,
+            logits_to_keep=targets.shape[1] + 1,
+            use_cache=False,
+            **self.positions(attention),
         ).logits
         return F.cross_entropy(
             logits[:, :-1].float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum"
         )
 
+    def positions(self, attention: Tensor) -> dict[str, Tensor]:
+        """The argument that tells a model whose tokens have places where they stand, of a mask (B, L): (B, L)."""
+        if not self._has_positions:
+            return {}
+        return {"position_ids": (attention.cumsum(1) - 1).clamp(min=0)}
+
     @torch.no_grad()
     def generate(
-        self, visual: Tensor, context: Tensor | None, generation: GenerationSpec, seed: int = 0
+        self,
+        visual: Tensor,
+        context: Tensor | None,
+        generation: GenerationSpec,
+        seeds: Sequence[int] = (),
+        texts: StudyTexts | None = None,
     ) -> list[Generated]:
-        start = self.prefix(visual, context)
+        start, mask = self.prefix(visual, context, texts)
         tokenizer = self._ready()
-        if generation.sample:
-            torch.manual_seed(seed)
-        output = self.llm.generate(
-            inputs_embeds=start,
-            attention_mask=torch.ones(start.shape[:2], dtype=torch.long, device=start.device),
-            max_new_tokens=generation.max_new_tokens,
-            min_new_tokens=generation.min_new_tokens,
-            num_beams=generation.beams,
-            do_sample=generation.sample,
-            temperature=generation.temperature if generation.sample else None,
-            top_p=generation.top_p if generation.sample else None,
-            top_k=0 if generation.sample else None,
-            repetition_penalty=generation.repetition_penalty,
-            length_penalty=generation.length_penalty if generation.beams > 1 else None,
-            no_repeat_ngram_size=generation.no_repeat_ngram,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-            return_dict_in_generate=True,
-            output_scores=True,
-        )
-        scores = self.llm.compute_transition_scores(
-            output.sequences, output.scores, getattr(output, "beam_indices", None), normalize_logits=generation.beams == 1
-        )
-        reports = []
-        for ids, values in zip(output.sequences.tolist(), scores.tolist(), strict=True):
-            end = ids.index(tokenizer.eos_token_id) + 1 if tokenizer.eos_token_id in ids else len(ids)
-            text = tokenizer.decode(ids[:end], skip_special_tokens=True).strip()
-            reports.append(Generated(text, [float(v) for v in values[:end]]))
-        return reports
+        most = getattr(self.llm.config, "max_position_embeddings", None)
+        if most is not None and start.shape[1] + generation.max_new_tokens > most:
+            raise RunError(
+                f"a prompt of {start.shape[1]} tokens and generation.max_new_tokens {generation.max_new_tokens} do not fit "
+                f"into the language model, which takes {most}; write fewer tokens, or shorten the prompt or the image"
+            )
+        writer = CausalWriter(self.llm, start, mask, generation.max_new_tokens)
+
+        def read(ids: list[int]) -> str:
+            return str(tokenizer.decode(ids, skip_special_tokens=True))
+
+        return [
+            Generated(read(ids).strip(), log_probabilities, spelled(ids, read))
+            for ids, log_probabilities in decode(writer, generation, tokenizer.eos_token_id, seeds)
+        ]
+
+    @torch.no_grad()
+    def attend(
+        self, visual: Tensor, context: Tensor | None, reports: Sequence[str], texts: StudyTexts | None = None
+    ) -> list[Tensor] | None:
+        """As in `ReportDecoder`; a token's weights are those of the place that predicts it, given what stands before."""
+        found = []
+        for i, report in enumerate(reports):
+            image = visual[i : i + 1]
+            around = context[i : i + 1] if context is not None else None
+            own = texts.one(i) if texts is not None else None
+            start, _ = self.prefix(image, around, own)
+            # Where the image stands in the prompt is where numbers that are none come out again.
+            columns = self.prefix(torch.full_like(image, torch.nan), around, own)[0][0].isnan().any(1).nonzero()[:, 0]
+            read = self._ready()(report, add_special_tokens=False, return_offsets_mapping=True)
+            ids = torch.tensor([read.input_ids], dtype=torch.long, device=start.device)
+            sequence = torch.cat([start, self.llm.get_input_embeddings()(ids).to(start.dtype)], dim=1)
+            rows = attention_rows(self.llm, sequence, start.shape[1] - 1, columns)
+            if rows is None:
+                return None
+            found.append(word_rows(report, read.offset_mapping, rows[:-1]))
+        return found
+
+    def reading_lengths(self, texts: StudyTexts, studies: int) -> list[int]:
+        filled = [self._filled(part, texts, studies) for part in self.prompt.parts]
+        tokens = [self._tokens(own) for own in filled if own is not None]
+        return [sum(len(ids[row]) for ids in tokens) for row in range(studies)]
 
     def _ready(self) -> PreTrainedTokenizerBase:
         if self.tokenizer is None:
@@ -203,40 +308,105 @@ class CausalLM(ReportDecoder):
         return self.tokenizer
 
     def _targets(self, reports: Sequence[str]) -> list[list[int]]:
-        tokenizer = self._ready()
-        ids = tokenizer(list(reports), add_special_tokens=False, truncation=True, max_length=self.max_length).input_ids
-        return [[*report, tokenizer.eos_token_id] for report in ids]
+        """Token ids of each report and the end sign, cut at `max_length`."""
+        end = self._ready().eos_token_id
+        return [[*ids[: self.max_length], end][: self.max_length] for ids in self._tokens(reports)]
 
-    def _labels(self, reports: Sequence[str], device: torch.device) -> Tensor:
-        """Target ids (B, L) with padding ignored."""
-        targets = [torch.tensor(ids) for ids in self._targets(reports)]
-        return nn.utils.rnn.pad_sequence(targets, batch_first=True, padding_value=IGNORED).to(device)
+    def _tokens(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each text, none added; those of the last few thousand texts are kept."""
+        new = [text for text in dict.fromkeys(texts) if text not in self._known]
+        if new:
+            if len(self._known) + len(new) > KEPT_TEXTS:
+                self._known, new = {}, list(dict.fromkeys(texts))
+            ids = self._ready()(new, add_special_tokens=False, verbose=False).input_ids
+            self._known.update(zip(new, ids, strict=True))
+        return [self._known[text] for text in texts]
 
-    def _embed_text(self, text: str) -> Tensor:
-        table = self.llm.get_input_embeddings()
-        ids = self._ready()(text, add_special_tokens=False).input_ids if text else []
-        embedded: Tensor = table(torch.tensor([ids], dtype=torch.long, device=table.weight.device))
+    def _padded(self, rows: Sequence[Sequence[int]], side: str, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Rows of ids as (B, L), padded on one side, and where they are: (B, L) bool."""
+        ids = [torch.tensor(row, dtype=torch.long) for row in rows]
+        padding = self._ready().pad_token_id or 0
+        table = nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=padding, padding_side=side)
+        places = torch.arange(table.shape[1])
+        lengths = torch.tensor([len(row) for row in rows])[:, None]
+        mask = places < lengths if side == "right" else places >= table.shape[1] - lengths
+        return table.to(device), mask.to(device)
+
+    def _piece(self, text: str | None, device: torch.device) -> Tensor:
+        """Ids (1, n) of words that never change, made once; None stands for the sign of the beginning."""
+        if (text, device) not in self._pieces:
+            tokenizer = self._ready()
+            if text is None:
+                ids = [tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.pad_token_id]
+            else:
+                ids = tokenizer(text, add_special_tokens=False).input_ids
+            self._pieces[text, device] = torch.tensor([ids], dtype=torch.long, device=device)
+        return self._pieces[text, device]
+
+    def _embed(self, ids: Tensor) -> Tensor:
+        embedded: Tensor = self.llm.get_input_embeddings()(ids)
         return embedded
 
-    def _bos(self) -> Tensor:
+    def _filled(self, part: str, texts: StudyTexts | None, studies: int) -> list[str] | None:
+        """A part of the template with each study's own texts; None where it has no slot for any."""
+        given = texts or StudyTexts()
+        values = {"indication": given.indications, "prior": given.priors}
+        slots = [slot for slot in values if f"{{{slot}}}" in part]
+        if not slots:
+            return None
+        own = {slot: self._cut(values[slot] or [""] * studies) for slot in slots}
+        # All at once: a text that holds another slot's name stays as it is.
+        every = re.compile("|".join(rf"\{{({slot})\}}" for slot in slots))
+        return [every.sub(lambda found, i=i: own[found[0][1:-1]][i], part) for i in range(studies)]  # type: ignore[misc]
+
+    def _context_texts(self, texts: StudyTexts | None) -> list[str] | None:
+        if texts is None or not texts.context:
+            return None
+        reports = iter(self._cut([report for own in texts.context for _, report in own]))
+        return [
+            "".join(next(reports).join(self.prompt.reports[pool]) for pool, _ in own) for own in texts.context
+        ]
+
+    def _cut(self, texts: Sequence[str]) -> list[str]:
+        """Texts in one line each, without special tokens and cut after `text_length` tokens."""
         tokenizer = self._ready()
-        bos = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-        table = self.llm.get_input_embeddings()
-        embedded: Tensor = table(torch.tensor([[bos]], device=table.weight.device))
-        return embedded
+        plain = [" ".join(self._signs.sub(" ", text).split()) for text in texts]
+        return [
+            text if len(ids) <= self.text_length else tokenizer.decode(ids[: self.text_length]).strip()
+            for text, ids in zip(plain, self._tokens(plain), strict=True)
+        ]
+
+    @cached_property
+    def _signs(self) -> re.Pattern[str]:
+        """Special tokens, which no text of a study may bring into a prompt."""
+        signs = [token.content for token in self._ready().added_tokens_decoder.values() if token.special]
+        return re.compile("|".join(map(re.escape, signs)) or "(?!)")
 
 
-def load_pretrained(source: str) -> tuple[nn.Module, PreTrainedTokenizerBase, str]:
+def load_pretrained(
+    source: str, dtype: torch.dtype = torch.float32, quantize: Literal["4bit", "8bit"] | None = None
+) -> tuple[nn.Module, PreTrainedTokenizerBase, str]:
     """A language model with its tokenizer and the SHA-256 of its weights.
 
-    A GGUF file is converted once; the converted copy is kept in the cache folder.
+    Inside `torch.device("meta")` it has no numbers, and nothing but its configuration is read: then there is no tokenizer,
+    unless one lies on this machine. A GGUF file is converted once; the converted copy is kept in the cache folder.
+
+    Args:
+        source: as `resolve` takes it.
+        dtype: of the weights that are not quantized.
+        quantize: None leaves them as they are.
 
     Raises:
         WeightsError: nothing by that name can be loaded, with the cure.
+        SpecError: this machine cannot quantize.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     path, digest = resolve(source), ""
+    if torch.get_default_device().type == "meta":
+        made = config_of(source, "decoder.model", path)
+        return AutoModelForCausalLM.from_config(made, dtype=dtype), tokenizer_at_hand(source, path), ""
+    smaller = {"quantization_config": _quantization(quantize, dtype)} if quantize is not None else {}
     try:
         if path is not None and path.suffix == ".gguf":
             digest = sha256(path)
@@ -245,7 +415,7 @@ def load_pretrained(source: str) -> tuple[nn.Module, PreTrainedTokenizerBase, st
             digest = folder_hash(path)
         name = str(path) if path is not None else source
         llm = AutoModelForCausalLM.from_pretrained(
-            name, dtype=torch.float32, trust_remote_code=False, local_files_only=path is not None
+            name, dtype=dtype, trust_remote_code=False, local_files_only=path is not None, **smaller
         )
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False, local_files_only=path is not None)
     except (OSError, ValueError, ImportError) as error:
@@ -257,6 +427,44 @@ def load_pretrained(source: str) -> tuple[nn.Module, PreTrainedTokenizerBase, st
     if not digest:
         digest = hashlib.sha256(f"{source}@{getattr(llm.config, '_commit_hash', '')}".encode()).hexdigest()
     return llm, tokenizer, digest
+
+
+def _quantization(bits: Literal["4bit", "8bit"], dtype: torch.dtype) -> Any:
+    """How transformers is told to quantize. NF4 as in QLoRA (arXiv:2305.14314), or LLM.int8 (arXiv:2208.07339).
+
+    Raises:
+        SpecError: bitsandbytes is missing, or has nothing for this machine.
+    """
+    from transformers import BitsAndBytesConfig
+
+    cure = "use a machine with a CUDA GPU, or hold the model in 16 bits: decoder.dtype=bfloat16"
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise SpecError(
+            f'decoder.quantize: {bits} needs the package bitsandbytes and a CUDA GPU; pip install "medxray[quantize]"; {cure}'
+        )
+    from transformers.integrations import validate_bnb_backend_availability
+
+    try:
+        validate_bnb_backend_availability(raise_exception=True)
+    except (RuntimeError, ImportError, OSError) as error:
+        raise SpecError(f"decoder.quantize: bitsandbytes cannot run on this machine ({error}); {cure}") from error
+    if bits == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+
+
+def tokenizer_at_hand(source: str, path: Path | None) -> PreTrainedTokenizerBase | None:
+    """The tokenizer of a model that lies on this machine, or in the hub's cache; None elsewhere."""
+    from transformers import AutoTokenizer
+
+    if path is not None and path.suffix == ".gguf":
+        path = cache_folder() / "gguf" / sha256(path)[:16]
+    with contextlib.suppress(Exception):
+        found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            str(path or source), trust_remote_code=False, local_files_only=True
+        )
+        return found
+    return None
 
 
 def resolve(source: str) -> Path | None:

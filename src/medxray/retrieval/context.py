@@ -23,7 +23,7 @@ def context_tokens(
         mode: `release` wraps every sample c by itself, a normal one and a diseased one in turn, and takes each
             token e of the whole sequence, prompt words too, to g - e, as the released code does;
             `after_projection` wraps g - c, the normal ones together, then the diseased ones together;
-            `before_projection` wraps project(pooled - pooled_c) likewise.
+            `before_projection` wraps project(pooled - pooled_c) likewise; `none` wraps c itself likewise.
         pooled: (B, D) global vectors of the studies.
         context: pooled features of the context studies.
         project: (..., D) -> (..., D_llm).
@@ -43,6 +43,8 @@ def context_tokens(
         return project(query) - torch.cat(turns, dim=1)
     if mode == "before_projection":
         vectors = {pool: project(query - samples) for pool, samples in pools.items()}
+    elif mode == "none":
+        vectors = {pool: project(samples) for pool, samples in pools.items()}
     else:
         vectors = {pool: project(query) - project(samples) for pool, samples in pools.items()}
     return torch.cat([wrap(samples, pool) for pool, samples in vectors.items() if samples.shape[1]], dim=1)

@@ -1,6 +1,7 @@
 """Which parts a task wires together, its loss, its predictions and its scores. A new task is one more file."""
 
 import json
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from medxray.adapters import adapt, unadapted
 from medxray.data import Studies, StudyImages
 from medxray.data.transforms import height_width
 from medxray.encoders import ENCODERS, Encoder, freeze, tried
@@ -19,6 +21,8 @@ from medxray.spec import Spec
 from medxray.types import Batch, Features, Prediction, RunError, Scores, SpecError
 from medxray.visual import StudyCard
 from medxray.weights import load_encoder
+from medxray.weights.systems import holds_encoder
+from medxray.weights.writing import export
 
 Loader = Callable[[StudyImages], Sequence[Batch]]
 
@@ -87,6 +91,22 @@ class Task(nn.Module, ABC):
         """The inverse of `state`."""
         self.labels, self.views = list(state["labels"]), int(state["views"])
 
+    def begin_with(self, source: str) -> None:
+        """Loads another project's checkpoint of the whole system, once prepared.
+
+        Raises:
+            WeightsError: it does not fit.
+            SpecError: there are none for this task.
+        """
+        raise SpecError(
+            f"weights: there are no checkpoints of whole systems for task {self.spec.task}; encoder.weights takes an encoder's"
+        )
+
+    @property
+    def needs_studies(self) -> bool:
+        """False where the model can be used without ever having seen the training studies."""
+        return True
+
     def save_files(self, folder: Path) -> None:
         """Writes `state` and any files beside it into a run folder."""
         (folder / "task.json").write_text(json.dumps(self.state(), indent=1), encoding="utf-8")
@@ -122,6 +142,27 @@ class Task(nn.Module, ABC):
         """
         check_features(tried(self.encoder, *height_width(self.spec.data.image_size)), self.encoder)
 
+    def export(self, folder: Path, format: str | None) -> bool:
+        """Writes what other libraries can read of the model into a folder.
+
+        Args:
+            folder: gets it.
+            format: timm or transformers; None takes what suits the task.
+
+        Returns:
+            False, and nothing is written, where no format was named and none has a place for the model.
+
+        Raises:
+            WeightsError: the format has no place for it.
+        """
+        export(self.plain_encoder(), folder, format or "timm", self.spec.data.image_size)  # type: ignore[arg-type]
+        return True
+
+    def plain_encoder(self) -> nn.Module:
+        """The encoder, or one without adapters that computes the same."""
+        settings: Any = getattr(self.spec.encoder, "lora", None)
+        return unadapted(self.encoder, settings) if settings is not None else self.encoder
+
     def complete(self, images: StudyImages, *, progress: bool = False) -> None:
         """Adds to the images of a split what the task wants beside their pixels, such as where the chest is."""
 
@@ -130,6 +171,10 @@ class Task(nn.Module, ABC):
 
     def before_step(self, step: int, steps_per_epoch: int) -> None:
         """Called before each optimiser step while fitting."""
+
+    def logged(self) -> dict[str, float]:
+        """What belongs in the log beside the loss since it was last asked."""
+        return {}
 
     def after_fit(self) -> None:
         """Called once with the chosen weights in place."""
@@ -145,6 +190,10 @@ class Task(nn.Module, ABC):
     @abstractmethod
     def predict(self, batch: Batch) -> list[Prediction]:
         """One prediction a study. Leaves the model as it is."""
+
+    def prediction_order(self, images: StudyImages) -> Sequence[int]:
+        """Rows of the studies in the order in which a data set is best predicted; that of the data set by default."""
+        return range(len(images))
 
     @abstractmethod
     def targets(self, images: StudyImages) -> list[Any]:
@@ -214,14 +263,32 @@ def join_views(features: Features, view_mask: Tensor, how: str) -> Features:
 
 
 def build_encoder(spec: Spec) -> Encoder:
-    """The encoder that a spec names, with its weights, frozen where it says so."""
+    """The encoder that a spec names, with its weights, frozen or adapted where it says so."""
     settings: Any = spec.encoder
     encoder = ENCODERS.build(settings)
-    if settings.weights is not None:
+    if settings.weights is not None and not (spec.weights is not None and holds_encoder(spec.weights)):
         load_encoder(encoder, settings.weights)
+    if settings.lora is not None:
+        adapt(encoder, settings.lora, "encoder.lora")
     if not settings.trainable:
         freeze(encoder)
     return encoder
+
+
+def unfilled(spec: Spec) -> Task:
+    """A spec's model on the meta device: every shape and no number, so that it takes no memory and no weights are read.
+
+    Raises:
+        SpecError: a part cannot be built so.
+        WeightsError: what a public model is made of is not known here.
+    """
+    section: Any = spec.pixel_decoder
+    without: dict[str, Any] = {"weights": None, "encoder": {"weights": None}}
+    if getattr(section, "weights", None) is not None:
+        without["pixel_decoder"] = {"weights": None}
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return TASKS.get(spec.task)(Spec.read(spec, without), None)
 
 
 def check_features(features: Features, encoder: Encoder) -> None:

@@ -14,12 +14,14 @@ class ContextCard:
         pool: where it was drawn from, such as "diseased" or "normal".
         image: (H, W) float32 in 0..1, or None.
         report: its report.
+        similarity: the cosine of its features with the study's, or None.
     """
 
     study_id: str
     pool: str
     image: np.ndarray | None
     report: str
+    similarity: float | None = None
 
 
 @dataclass
@@ -35,6 +37,11 @@ class StudyCard:
         scores: name -> number; probabilities are drawn as bars.
         context: the training studies that the prediction was given.
         labels: name -> 1, 0, -1 uncertain, None missing, shown beside the scores of the same names.
+        confidence: the probability of each word of `prediction.split()`.
+        attention: for each image, or for the first few, the share (words, h, w) of each word's attention on its regions;
+            those of one word sum to one over all images.
+        pointed: words whose attention is shown until a reader chooses one; empty for all words.
+        remark: a sentence on the attention, such as why there is none.
     """
 
     study_id: str
@@ -45,3 +52,7 @@ class StudyCard:
     scores: dict[str, float] = field(default_factory=dict)
     context: list[ContextCard] = field(default_factory=list)
     labels: dict[str, int | None] = field(default_factory=dict)
+    confidence: list[float] = field(default_factory=list)
+    attention: list[np.ndarray] = field(default_factory=list)
+    pointed: list[int] = field(default_factory=list)
+    remark: str = ""

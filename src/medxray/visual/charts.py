@@ -15,6 +15,12 @@ Point = tuple[float, float]
 _WIDTH, _HEIGHT = 400, 230
 _LEFT, _RIGHT, _TOP, _BOTTOM = 54, 14, 14, 40
 _MOST_POINTS = 240
+_CHART_STYLE = (
+    "svg{font:13px system-ui,-apple-system,'Segoe UI',Roboto,sans-serif;background:#fff}"
+    "text{fill:#1c1b19}.soft{fill:#66635c;font-size:12px}.head{font-weight:600}"
+    ".grid{stroke:#e4e1d9}.least{stroke:#a8501a;stroke-dasharray:3 3}"
+    ".model{stroke:#1d5c86;fill:#1d5c86}.floor{stroke:#a8501a;fill:#fff}"
+)
 _NOT_DRAWN = ("runtime", "per_second", "flos", "epoch", "num_tokens", "memory")
 
 
@@ -100,6 +106,69 @@ def training_curves(log: Sequence[Mapping[str, Any]]) -> list[str]:
     for name in others:
         charts.append(line_chart(name.replace("_", " "), [Series("train", found[name])]))
     return charts
+
+
+def interval_chart(rows: Mapping[str, Mapping[str, Score]], metrics: Sequence[str], floors: Sequence[str] = ()) -> str:
+    """A picture of its own: a line a row and a panel a metric, each value a dot on its interval.
+
+    Args:
+        rows: row -> metric -> score, drawn in this order; what is not defined is left out.
+        metrics: panels, from left to right.
+        floors: rows that others must beat, drawn in another colour; an upright line stands at the best of them.
+
+    Returns:
+        An SVG document with its own style, on white.
+    """
+    left, wide, gap, line, top = 16 + 7.1 * max(map(len, rows)), 190, 38, 24, 48
+    width, height = left + len(metrics) * (wide + gap), top + line * len(rows) + 34
+    drawn = []
+    for i, row in enumerate(rows):
+        drawn.append(f'<text x="{left - 14:.0f}" y="{top + line * i + 17}" text-anchor="end">{escape(row)}</text>')
+    for column, metric in enumerate(metrics):
+        start = left + column * (wide + gap)
+        scores = {row: values[metric] for row, values in rows.items() if metric in values}
+        scores = {row: score for row, score in scores.items() if math.isfinite(score.value)}
+        drawn.append(f'<text class="head" x="{start:.0f}" y="22">{escape(metric)}</text>')
+        if not scores:
+            continue
+        ends = [v for s in scores.values() for v in (s.value, s.low, s.high) if math.isfinite(v)]
+        ticks = _ticks(min(0.0, *ends), max(ends))
+
+        def x(value: float, start: float = start, ticks: Sequence[float] = ticks) -> float:
+            return start + wide * (value - ticks[0]) / (ticks[-1] - ticks[0])
+
+        bottom = top + line * len(rows) + 4
+        for tick, text in zip(ticks, _tick_labels(ticks), strict=True):
+            drawn.append(f'<path class="grid" d="M{x(tick):.1f} {top}V{bottom}"/>')
+            if tick in (ticks[0], ticks[-1]) or len(ticks) < 6:
+                place = f'x="{x(tick):.1f}" y="{bottom + 17}" text-anchor="middle"'
+                drawn.append(f'<text class="soft" {place}>{text}</text>')
+        least = [scores[row].value for row in floors if row in scores]
+        if least:
+            best = min(least) if lower_is_better(metric) else max(least)
+            drawn.append(f'<path class="least" d="M{x(best):.1f} {top}V{bottom}"/>')
+        for i, row in enumerate(rows):
+            if row not in scores:
+                continue
+            score, y = scores[row], top + line * i + 12.5
+            span = ""
+            if math.isfinite(score.low) and math.isfinite(score.high):
+                span = f'<path stroke-width="2" d="M{x(score.low):.1f} {y}H{x(score.high):.1f}"/>'
+            label = f"{row}, {metric}: {number(score.value)}"
+            drawn.append(
+                f'<g class="{"floor" if row in floors else "model"}"><title>{escape(label)}</title>{span}'
+                f'<circle cx="{x(score.value):.1f}" cy="{y}" r="4" stroke-width="1.6"/></g>'
+            )
+    size = f'width="{width:.0f}" height="{height}" viewBox="0 0 {width:.0f} {height}"'
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" {size} role="img"><style>{_CHART_STYLE}</style>'
+        f'<rect width="100%" height="100%" fill="#fff"/>{"".join(drawn)}</svg>\n'
+    )
+
+
+def lower_is_better(metric: str) -> bool:
+    """Whether a metric is an error, by its name."""
+    return "error" in metric or "loss" in metric
 
 
 def interval_strip(score: Score, others: Sequence[Score], mark: float, filled: bool) -> str:

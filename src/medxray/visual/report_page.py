@@ -18,7 +18,8 @@ from PIL import Image
 
 from medxray.types import MedxrayError, RunError, Score, Scores
 from medxray.visual import ContextCard, StudyCard
-from medxray.visual.charts import bar, interval_strip, number, training_curves
+from medxray.visual.attention import ACROSS, EDGE, heat_sheet
+from medxray.visual.charts import bar, interval_strip, lower_is_better, number, training_curves
 
 LARGEST, LARGEST_OF_MANY, THUMBNAIL = 256, 176, 80
 """Longest side in pixels of a study's one or two images, of more, and of a context image."""
@@ -72,6 +73,7 @@ def report_page(
         f'<section id="{name.lower()}"><h2>{name}</h2>{content}</section>' for name, content in sections.items()
     )
     style = resources.files("medxray.visual").joinpath("report_page.css").read_text(encoding="utf-8")
+    style += _choices(max((len(study.prediction.split()) for study in studies if study.attention), default=0))
     page = (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
         f'<meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -106,12 +108,8 @@ def _write(path: Path, text: str) -> None:
         ) from error
 
 
-def _lower_is_better(metric: str) -> bool:
-    return "error" in metric or "loss" in metric
-
-
 def _gain(metric: str, value: float, than: float) -> float:
-    return than - value if _lower_is_better(metric) else value - than
+    return than - value if lower_is_better(metric) else value - than
 
 
 def _words_of(metric: str, score: Score, other: Score) -> str:
@@ -195,7 +193,7 @@ def _scores(scores: Scores | None, notes: Sequence[str]) -> str:
 
 def _table(scores: Scores, metrics: Sequence[str]) -> str:
     head = "".join(
-        f'<th scope="col">{escape(m)}{" <i>lower is better</i>" if _lower_is_better(m) else ""}</th>' for m in metrics
+        f'<th scope="col">{escape(m)}{" <i>lower is better</i>" if lower_is_better(m) else ""}</th>' for m in metrics
     )
     lines = []
     for row, values in scores.rows.items():
@@ -230,40 +228,106 @@ def _cell(scores: Scores, row: str, metric: str, of: Sequence[str] = ()) -> str:
 def _studies(studies: Sequence[StudyCard]) -> str:
     if not studies:
         return ""
-    texts = any(study.reference and study.prediction for study in studies)
-    legend = (
-        '<p class="quiet">In a prediction: <mark class="shared">words that the reference has too</mark>, '
-        "three or more in a row or a whole sentence. In a reference: "
-        '<mark class="missed">what the prediction lacks</mark>.</p>'
-        if texts
-        else ""
-    )
+    lines = []
+    if any(study.reference and study.prediction for study in studies):
+        lines.append(
+            'In a prediction: <mark class="shared">words that the reference has too</mark>, three or more in a row or a '
+            'whole sentence. In a reference: <mark class="missed">what the prediction lacks</mark>.'
+        )
+    if any(study.confidence for study in studies):
+        steps = "".join(f'<span style="--doubt:{doubt}">{1 - doubt:.0%}</span>' for doubt in (0.0, 0.25, 0.5, 0.75, 1.0))
+        lines.append(f'The probability that the model gave to a word: <span class="steps">{steps}</span>.')
+    if any(study.attention for study in studies):
+        lines.append(
+            "The colour over an image: where the words looked, from the average region "
+            '<span class="ramp"></span> to the most looked at. Point at a word or choose it, also by the arrow keys, to see '
+            "its own map; point at the image to see it bare. Attention is what the model read, not why it wrote a word."
+        )
+    if any(card.similarity is not None for study in studies for card in study.context):
+        lines.append("Beneath a context image: how near it is, the cosine of its features with those of the study.")
+    legend = "".join(f'<p class="quiet">{line}</p>' for line in lines)
     written = any(study.reference or study.prediction for study in studies)
-    return f'{legend}<div class="studies{"" if written else " pictures"}">{"".join(map(_study, studies))}</div>'
+    cards = "".join(_study(study, i) for i, study in enumerate(studies))
+    return f'{legend}<div class="studies{"" if written else " pictures"}">{cards}</div>'
 
 
-def _study(study: StudyCard) -> str:
+def _study(study: StudyCard, place: int) -> str:
     largest = LARGEST if len(study.images) <= 2 else LARGEST_OF_MANY
     captions = [*study.captions, *[""] * len(study.images)]
+    heats = [*_heats(study), *[""] * len(study.images)]
     images = "".join(
-        f"<figure>{_image(image, largest, f'{study.study_id} {caption}'.strip())}"
+        f'<figure><div class="picture">{_image(image, largest, f"{study.study_id} {caption}".strip())}{heat}</div>'
         f"<figcaption>{escape(caption)}</figcaption></figure>"
-        for image, caption in zip(study.images, captions, strict=False)
+        for image, caption, heat in zip(study.images, captions, heats, strict=False)
     )
     texts = ""
     if study.reference or study.prediction:
         both = bool(study.reference and study.prediction)
-        reference = _marked(study.reference, study.prediction, shared=False) if both else escape(study.reference)
-        prediction = _marked(study.prediction, study.reference, shared=True) if both else escape(study.prediction)
+        reference = _plain(_marked(study.reference, study.prediction if both else None, "missed"))
+        marked = _marked(study.prediction, study.reference if both else None, "shared")
+        prediction = _words(study, marked, place) if study.confidence or study.attention else _plain(marked)
         empty = '<span class="quiet">empty</span>'
+        remark = f'<p class="quiet remark">{escape(study.remark)}</p>' if study.remark else ""
         texts = (
             f'<div class="texts"><div><h4>Reference</h4><p>{reference or empty}</p></div>'
-            f"<div><h4>Prediction</h4><p>{prediction or empty}</p></div></div>"
+            f"<div><h4>Prediction</h4><p>{prediction or empty}</p>{remark}</div></div>"
         )
     return (
         f'<article><h3>{escape(study.study_id)}</h3><div class="body"><div class="images">{images}</div>'
         f'<div class="rest">{texts}{_bars(study)}{_context(study.context)}</div></div></article>'
     )
+
+
+def _heats(study: StudyCard) -> list[str]:
+    """For each image with attention its sheet of maps, the one at rest first, then one for each word."""
+    if not study.attention or not study.attention[0].shape[0]:
+        return []
+    sheets = []
+    for sheet, (h, w), rows in heat_sheet(study.attention, study.pointed, study.study_id):
+        # One tile of the sheet fills the frame, but for its edge; --x and --y say which.
+        across, down = w + 2 * EDGE, h + 2 * EDGE
+        style = (
+            f"--w:{100 * across / w:.3f}%;--h:{100 * down / h:.3f}%;--l:{100 * EDGE / w:.3f}%;--t:{100 * EDGE / h:.3f}%;"
+            f"--rows:{rows}"
+        )
+        data = _encoded(sheet)
+        sheets.append(f'<span class="heat" style="{style}"><img src="{data}" alt=""></span>')
+    return sheets
+
+
+def _choices(words: int) -> str:
+    """Style rules that turn the sheets of a study to the map of the word that is chosen, or else pointed at."""
+    rules = []
+    for state in (">:checked", ":hover"):
+        rules += [
+            f"article:has(.w{i}{state}){{--x:{(i + 1) % ACROSS};--y:{(i + 1) // ACROSS}}}" for i in range(words)
+        ]
+    return "".join(rules)
+
+
+def _words(study: StudyCard, marked: Sequence[tuple[str, str]], place: int) -> str:
+    """A prediction whose words are shaded by their probability and choose a map; `marked` as `_marked` gives it."""
+    pieces, count, group = [], 0, f"map-{place}"
+    sure = study.confidence if len(study.confidence) == len(study.prediction.split()) else []
+    maps = bool(study.attention and len(study.attention[0]))
+    for is_space, run in groupby(marked, key=lambda piece: piece[0].isspace()):
+        text = _plain(list(run))
+        if is_space:
+            pieces.append(text)
+            continue
+        shade = title = button = ""
+        if sure and math.isfinite(sure[count]):
+            shade = f' style="--doubt:{1 - sure[count]:.2f}"'
+            title = f' title="{sure[count]:.0%}"'
+        if maps:
+            button = f'<input type="radio" name="{group}">'
+        kind = "label" if maps else "span"
+        pieces.append(f'<{kind} class="word w{count}"{shade}{title}>{button}{text}</{kind}>')
+        count += 1
+    if maps:
+        name = "findings" if study.pointed else "all words"
+        pieces.append(f' <label class="rest-map"><input type="radio" name="{group}" checked>map of {name}</label>')
+    return "".join(pieces)
 
 
 def _bars(study: StudyCard) -> str:
@@ -291,12 +355,13 @@ def _context(context: Sequence[ContextCard]) -> str:
     thumbnails = lines = ""
     for card in context:
         pool, name = escape(card.pool), escape(card.study_id)
+        near = f" <b>{number(card.similarity)}</b>" if card.similarity is not None else ""
         picture = _image(card.image, THUMBNAIL, card.study_id) if card.image is not None else "<span>no image</span>"
         thumbnails += (
             f'<figure class="{"normal" if card.pool == "normal" else "other"}" '
-            f'title="{name}: {escape(card.report)}">{picture}<figcaption>{pool}</figcaption></figure>'
+            f'title="{name}: {escape(card.report)}">{picture}<figcaption>{pool}{near}</figcaption></figure>'
         )
-        lines += f"<li><b>{name}</b> <i>{pool}</i> {escape(card.report)}</li>"
+        lines += f"<li><b>{name}</b> <i>{pool}{near}</i> {escape(card.report)}</li>"
     counts = ", ".join(
         f"{sum(card.pool == pool for card in context)} {escape(pool)}"
         for pool in dict.fromkeys(c.pool for c in context)
@@ -317,18 +382,23 @@ def _image(image: np.ndarray, largest: int, description: str) -> str:
     if scale < 1:
         width, height = (max(1, round(side * scale)) for side in picture.size)
         picture = picture.resize((width, height), Image.Resampling.LANCZOS)
-    buffer = io.BytesIO()
-    picture.save(buffer, "PNG", optimize=True)
-    data = base64.b64encode(buffer.getvalue()).decode("ascii")
     width, height = picture.size
-    size = f'width="{width}" height="{height}"'
-    return f'<img src="data:image/png;base64,{data}" alt="{escape(description)}" {size}>'
+    return f'<img src="{_encoded(picture)}" alt="{escape(description)}" width="{width}" height="{height}">'
 
 
-def _marked(text: str, other: str, shared: bool) -> str:
-    """The text, escaped, with the words marked that `other` has too (`shared`) or lacks."""
-    there = {run for sentence in _sentences(_tokens(other)) for run in _runs([word for _, word in sentence])}
+def _encoded(picture: Image.Image) -> str:
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG", optimize=picture.mode == "L")
+    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
+
+
+def _marked(text: str, other: str | None, kind: str) -> list[tuple[str, str]]:
+    """The text in pieces, each with its mark: `shared` for words that `other` has too, `missed` for those that it lacks,
+    "" for what is not marked, as all is where `other` is None."""
     tokens = _tokens(text)
+    if other is None:
+        return [(token, "") for token in tokens]
+    there = {run for sentence in _sentences(_tokens(other)) for run in _runs([word for _, word in sentence])}
     common = [False] * len(tokens)
     for sentence in _sentences(tokens):
         words = [word for _, word in sentence]
@@ -337,17 +407,21 @@ def _marked(text: str, other: str, shared: bool) -> str:
             if tuple(words[start : start + length]) in there or ("", *words) in there:
                 for place, _ in sentence[start : start + length]:
                     common[place] = True
-    marked = [bool(_word(token)) and common[i] == shared for i, token in enumerate(tokens)]
+    marked = [bool(_word(token)) and common[i] == (kind == "shared") for i, token in enumerate(tokens)]
     # A space between two marked words of a sentence belongs to the mark.
     for i in range(1, len(tokens) - 1):
         if tokens[i].isspace() and marked[i - 1] and marked[i + 1]:
             marked[i] = True
-    kind = "shared" if shared else "missed"
-    pieces = []
-    for is_marked, run in groupby(range(len(tokens)), key=lambda i: marked[i]):
-        piece = escape("".join(tokens[i] for i in run))
-        pieces.append(f'<mark class="{kind}">{piece}</mark>' if is_marked else piece)
-    return "".join(pieces)
+    return [(token, kind if mark else "") for token, mark in zip(tokens, marked, strict=True)]
+
+
+def _plain(pieces: Sequence[tuple[str, str]]) -> str:
+    """Pieces with their marks, neighbours of one mark in one."""
+    found = []
+    for kind, run in groupby(pieces, key=lambda piece: piece[1]):
+        piece = escape("".join(text for text, _ in run))
+        found.append(f'<mark class="{kind}">{piece}</mark>' if kind else piece)
+    return "".join(found)
 
 
 def _tokens(text: str) -> list[str]:

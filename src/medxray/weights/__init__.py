@@ -16,10 +16,12 @@ from typing import Any
 
 import numpy as np
 import torch
+import yaml
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from medxray.adapters import LoRA, merged
 from medxray.layers import Attention, resample_positions, resize_kernel, sincos_positions
 from medxray.types import WeightsError
 from medxray.weights.families import Told, from_hub, one_list_of_blocks, told_by
@@ -38,11 +40,16 @@ NOT_ENCODER = (
 # In a folder of transformers or timm.
 HUB_FILES = ("model.safetensors", "pytorch_model.bin")
 HUB_CONFIGS = ("config.json", "preprocessor_config.json")
-# Plain values that training scripts leave beside the tensors. numpy's have two names, of its version 1 and of 2.
+# Plain values that training scripts leave beside the tensors. numpy's have two names, of its version 1 and of 2;
+# Lightning's dictionary of settings, which becomes a plain one, has moved.
 _SCALAR = np.float64(0).__reduce__()[0]
 PLAIN: list[Any] = [
     argparse.Namespace, (_SCALAR, "numpy.core.multiarray.scalar"), (_SCALAR, "numpy._core.multiarray.scalar"), np.dtype,
     *{type(np.dtype(kind)) for kind in ("float64", "float32", "int64", "int32", "bool")},
+    *((dict, f"{module}.AttributeDict") for module in (
+        "lightning.fabric.utilities.data", "lightning_fabric.utilities.data", "lightning.pytorch.utilities.parsing",
+        "pytorch_lightning.utilities.parsing",
+    )),
 ]  # fmt: skip
 
 
@@ -160,12 +167,42 @@ def load_encoder(encoder: nn.Module, source: str) -> None:
         WeightsError: with the reason and the cure.
     """
     state, told = _opened(source, "encoder", "encoder.")
-    if told is not None:
+    if told is None:
+        load_into(encoder, _resized(encoder, state, source, None), source)
+    else:
         _check_told(encoder, told.heads, told, source)
-        state = _own_names(encoder, state, source, told)
-    image = told.image if told else None
-    state = _resized(encoder, state, source, image)
-    load_into(encoder, fold_to_gray(encoder, state, told.colours) if told else state, source)
+        load_into(encoder, _fitted(encoder, state, source, told), source)
+
+
+def encoder_state(encoder: nn.Module, state: dict[str, Tensor], source: str) -> dict[str, Tensor]:
+    """All of an encoder's tensors, under its own names, of the part that it is in another project's checkpoint.
+
+    Buffers that the file lacks are the encoder's.
+
+    Args:
+        encoder: whose they shall be; it stays as it is.
+        state: tensors by the names of a public file.
+        source: what to call it in a message.
+
+    Raises:
+        WeightsError: keys that are missing or left over, shapes that disagree.
+    """
+    fitted, own = _fitted(encoder, state, source, Told()), encoder.state_dict()
+    parameters = {name for name, _ in encoder.named_parameters()}
+    missing = [name for name in own if name not in fitted and name in parameters]
+    wrong = [
+        f"{name} is {tuple(fitted[name].shape)} in the file and {tuple(own[name].shape)} in the model"
+        for name in fitted
+        if name in own and fitted[name].shape != own[name].shape
+    ]
+    refuse(source, type(encoder).__name__, missing, [name for name in fitted if name not in own], wrong)
+    return fitted
+
+
+def _fitted(encoder: nn.Module, state: dict[str, Tensor], source: str, told: Told) -> dict[str, Tensor]:
+    """A public file's tensors as the encoder has them: its names, patches, grid and colours."""
+    state = _resized(encoder, _own_names(encoder, state, source, told), source, told.image)
+    return fold_to_gray(encoder, state, told.colours)
 
 
 def load_decoder(decoder: nn.Module, source: str) -> None:
@@ -230,7 +267,9 @@ def _opened(source: str, section: str, prefix: str) -> tuple[dict[str, Tensor], 
     held = {key.removeprefix(prefix): value for key, value in load_state(file).items() if key.startswith(prefix)}
     if not held:
         raise WeightsError(f"{setting}: the run holds no {section.replace('_', ' ')}")
-    return held, None
+    spec = path / "spec.yaml"
+    lora = (yaml.safe_load(spec.read_text(encoding="utf-8")).get(section) or {}).get("lora") if spec.is_file() else None
+    return (merged(held, LoRA(**lora)) if lora else held), None
 
 
 def _fetched(name: str, setting: str) -> Path:

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -39,7 +40,7 @@ def export(
         SpecError: the size is not a whole number of patches.
     """
     if format not in ("timm", "transformers"):
-        raise WeightsError(f"format {format!r} is not known; expected timm or transformers")
+        raise WeightsError(f"format {format!r} is not known; expected timm, transformers or medxray")
     model: Any = encoder
     state = {key: value.detach().float().cpu() for key, value in encoder.state_dict().items()}
     _refuse_what_has_no_place(model, state, format)
@@ -133,7 +134,7 @@ def _for_timm(model: Any, state: dict[str, Tensor], size: tuple[int, ...]) -> di
 def _for_transformers(model: Any, state: dict[str, Tensor], size: tuple[int, ...]) -> dict[str, dict[str, Any]]:
     """The config.json and preprocessor_config.json of transformers."""
     facts = _facts(model, state)
-    config = {
+    config: dict[str, Any] = {
         "architectures": ["ViTModel"],
         "model_type": "vit",
         "hidden_size": facts["width"],
@@ -150,7 +151,17 @@ def _for_transformers(model: Any, state: dict[str, Tensor], size: tuple[int, ...
         "qkv_bias": True,
         "dtype": "float32",
     }
-    images = {
+    return {"config.json": config, "preprocessor_config.json": _preprocessor(size, facts["mean"], facts["std"])}
+
+
+def write_preprocessor(folder: Path, size: tuple[int, ...], mean: Sequence[float], std: Sequence[float]) -> None:
+    """Tells transformers how the images of a saved model are resized and normalised."""
+    content = _preprocessor(size, list(mean), list(std))
+    (folder / "preprocessor_config.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def _preprocessor(size: tuple[int, ...], mean: list[float], std: list[float]) -> dict[str, Any]:
+    return {
         "image_processor_type": "ViTImageProcessor",
         "do_resize": True,
         "size": {"height": size[0], "width": size[1]},
@@ -158,10 +169,9 @@ def _for_transformers(model: Any, state: dict[str, Tensor], size: tuple[int, ...
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,
-        "image_mean": facts["mean"],
-        "image_std": facts["std"],
+        "image_mean": mean,
+        "image_std": std,
     }
-    return {"config.json": config, "preprocessor_config.json": images}
 
 
 _TO_TRANSFORMERS = (
