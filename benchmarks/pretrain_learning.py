@@ -26,6 +26,8 @@ MASKERS = {
     "contour": {"name": "contour", "ratio": 0.75, "inner": 0.85, "outer": 0.68},
 }
 FRACTIONS = (0.01, 0.1)
+# As MAE's own: without it a probe of the untrained encoder would still be far from its end when the other one is there.
+PROBE = {"pooling": "encoder", "norm": "batch"}
 
 
 def measure(folder: Path, seed: int, masker: str, epochs: float) -> dict[str, float]:
@@ -57,7 +59,7 @@ def measure(folder: Path, seed: int, masker: str, epochs: float) -> dict[str, fl
 
     frozen = {"encoder": {"trainable": False}, "data": {"crop": 1.0}}
     training = {"epochs": 30, "learning_rate": 5e-3}
-    found = {"linear probe": judged("probe", **frozen, head={"pooling": "encoder"}, training=training)}
+    found = {"linear probe": judged("probe", **frozen, head=PROBE, training=training)}
     # Random masks are compared by the probe alone.
     for fraction in FRACTIONS if masker != "random" else ():
         found[f"fine-tuned on {fraction:.0%}"] = judged(

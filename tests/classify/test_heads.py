@@ -22,7 +22,7 @@ WIDTH = 32
 LABELS = ["Cardiomegaly", "Effusion", "Nodule"]
 OWN = {"k-nearest": {"k": 3}}
 CHOICES = {
-    "linear": [{"pooling": "max"}],
+    "linear": [{"pooling": "max"}, {"norm": "batch"}],
     "attentive-probe": [{"queries": "single"}, {"heads": 4}],
     "label-text-fusion": [{"text_width": 16}],
 }
@@ -43,6 +43,19 @@ def built(name: str, settings: dict[str, Any], classes: int) -> Head:
         head.reserve(len(known))
         head.fill(known, (known[:, :classes] > 0).float(), torch.arange(20))
     return head
+
+
+def test_a_batch_normalised_probe_does_not_see_the_scale_of_channels() -> None:
+    x = features(batch=16)
+    scales = torch.logspace(-2, 2, WIDTH)
+    scaled = Features(x.tokens * scales, None, x.pooled * scales + 3)
+    of = {}
+    for norm in ("batch", "layer"):
+        torch.manual_seed(0)
+        head = LinearHead(WIDTH, 3, norm=norm).train()
+        of[norm] = (head(x) - head(scaled)).abs().max()
+    assert of["batch"] < 1e-3 < of["layer"]
+    assert sum(p.numel() for p in LinearHead(WIDTH, 3, norm="batch").parameters()) == 3 * WIDTH + 3
 
 
 @pytest.mark.parametrize("classes", [1, 14])

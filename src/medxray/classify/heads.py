@@ -17,18 +17,28 @@ Positive = Annotated[int, Field(gt=0)]
 
 
 class LinearHead(Head):
-    """LayerNorm, dropout and one linear layer on one vector an image.
+    """A norm, dropout and one linear layer on one vector an image.
 
     Args:
         pooling: the encoder's own pooled vector, or the largest value of each channel over the tokens, by which a
             small finding counts as much as a large one.
+        norm: `layer`, or `batch`, which brings each channel to one scale over the studies and learns no factors, as MAE's
+            linear probe does (He et al., CVPR 2022, appendix A.1): what an encoder seems worth then hangs less on the scale of
+            its channels, and so on how long the probe is trained. It takes at least two studies a step.
         dropout: share of the pooled vector that is dropped while training.
     """
 
-    def __init__(self, width: int, classes: int, pooling: Literal["encoder", "max"] = "encoder", dropout: float = 0.0) -> None:
+    def __init__(
+        self,
+        width: int,
+        classes: int,
+        pooling: Literal["encoder", "max"] = "encoder",
+        norm: Literal["layer", "batch"] = "layer",
+        dropout: float = 0.0,
+    ) -> None:
         super().__init__()
         self.pooling = pooling
-        self.norm = nn.LayerNorm(width)
+        self.norm = nn.LayerNorm(width) if norm == "layer" else nn.BatchNorm1d(width, affine=False, eps=1e-6)
         self.dropout = nn.Dropout(dropout)
         self.linear = nn.Linear(width, classes)
         nn.init.trunc_normal_(self.linear.weight, std=0.02)

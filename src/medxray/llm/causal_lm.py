@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 import importlib.util
 import inspect
+import itertools
 import json
 import os
 import re
@@ -201,7 +202,23 @@ class CausalLM(ReportDecoder):
         Where studies have texts of their own, the shorter prefixes are padded on the left, so that all end together.
         """
         B, device = visual.shape[0], visual.device
-        # None stands for a mask of ones.
+        pieces = self._prompt_pieces(visual, context, texts)
+        dtype = self.llm.get_input_embeddings().weight.dtype
+        start = torch.cat([piece.expand(B, -1, -1).to(dtype) for piece, _ in pieces], dim=1)
+        if all(mask is None for _, mask in pieces):
+            return start, torch.ones(start.shape[:2], dtype=torch.long, device=device)
+        masks = [torch.ones(B, p.shape[1], dtype=torch.bool, device=device) if m is None else m for p, m in pieces]
+        # Padding goes to the left, all else keeps its order.
+        mask, order = torch.cat(masks, dim=1).long().sort(dim=1, stable=True)
+        longest = start[torch.arange(B, device=device)[:, None], order]
+        return longest, mask
+
+    def _prompt_pieces(
+        self, visual: Tensor, context: Tensor | None, texts: StudyTexts | None
+    ) -> list[tuple[Tensor, Tensor | None]]:
+        """The pieces of the prefix, (B, n, D) or (1, n, D) where all studies have the same, and their masks (B, n), None for
+        ones."""
+        B, device = visual.shape[0], visual.device
         pieces: list[tuple[Tensor, Tensor | None]] = []
         if not self.prompt.chat:
             pieces.append((self._embed(self._piece(None, device)), None))
@@ -215,28 +232,43 @@ class CausalLM(ReportDecoder):
             if own is not None:
                 ids, mask = self._padded(self._tokens(own), "left", device)
                 pieces.append((self._embed(ids), mask))
-        dtype = self.llm.get_input_embeddings().weight.dtype
-        start = torch.cat([piece.expand(B, -1, -1).to(dtype) for piece, _ in pieces], dim=1)
-        if all(mask is None for _, mask in pieces):
-            return start, torch.ones(start.shape[:2], dtype=torch.long, device=device)
-        masks = [torch.ones(B, p.shape[1], dtype=torch.bool, device=device) if m is None else m for p, m in pieces]
-        # Padding goes to the left, all else keeps its order.
-        mask, order = torch.cat(masks, dim=1).long().sort(dim=1, stable=True)
-        longest = start[torch.arange(B, device=device)[:, None], order]
-        return longest, mask
+        return pieces
+
+    def _unlearned(self, visual: Tensor, context: Tensor | None, texts: StudyTexts | None) -> int:
+        """How many tokens at the beginning no gradient goes to, such as those of the context: 0 where the model learns."""
+        learns = any(parameter.requires_grad for parameter in self.llm.parameters())
+        pieces = [] if learns or not torch.is_grad_enabled() else self._prompt_pieces(visual, context, texts)
+        if any(mask is not None for _, mask in pieces):
+            return 0
+        same = itertools.takewhile(lambda piece: not piece[0].requires_grad, pieces)
+        count = sum(piece.shape[1] for piece, _ in same)
+        return count if count < sum(piece.shape[1] for piece, _ in pieces) else 0
 
     def loss(
         self, visual: Tensor, context: Tensor | None, reports: Sequence[str], texts: StudyTexts | None = None
     ) -> Tensor:
         embeddings, attention, labels = self.assemble(visual, context, reports, texts)
         targets = labels[:, -max(len(ids) for ids in self._targets(reports)) :]
+        places = self.positions(attention)
+        first: Any = None
+        lead = self._unlearned(visual, context, texts)
+        if lead:
+            # What a frozen model makes of them takes no part in the backward pass: later tokens read it as in generation.
+            with torch.no_grad():
+                first = self.llm.base_model(
+                    inputs_embeds=embeddings[:, :lead],
+                    attention_mask=attention[:, :lead],
+                    use_cache=True,
+                    **{name: value[:, :lead] for name, value in places.items()},
+                ).past_key_values
         # Logits only where a report's token follows: the vocabulary is the widest layer.
         logits = self.llm(
-            inputs_embeds=embeddings,
+            inputs_embeds=embeddings[:, lead:],
             attention_mask=attention,
             logits_to_keep=targets.shape[1] + 1,
-            use_cache=False,
-            **self.positions(attention),
+            past_key_values=first,
+            use_cache=lead > 0,
+            **{name: value[:, lead:] for name, value in places.items()},
         ).logits
         return F.cross_entropy(
             logits[:, :-1].float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum"
