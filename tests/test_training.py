@@ -206,7 +206,7 @@ def test_r2gens_recipe_is_that_of_plain_torch(
         torch.testing.assert_close([p.detach() for p in own], after, atol=1e-6, rtol=1e-5)
 
 
-@pytest.mark.parametrize(("recipe", "stopped"), [(RECIPE, 5), (RECIPE, 8), (R2GEN, 5)])
+@pytest.mark.parametrize(("recipe", "stopped"), [(RECIPE, 5), (RECIPE, 8), (RECIPE, 9), (R2GEN, 5)])
 def test_a_stopped_run_goes_on_to_the_same_bits(
     phantom: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recipe: dict[str, Any], stopped: int
 ) -> None:
@@ -218,7 +218,12 @@ def test_a_stopped_run_goes_on_to_the_same_bits(
         if step == stopped:
             raise KeyboardInterrupt
 
+    def stop_after(self: Pretrain) -> None:
+        raise KeyboardInterrupt
+
     monkeypatch.setattr(Pretrain, "before_step", stop)
+    # All nine steps are done and saved, the model is not.
+    monkeypatch.setattr(Pretrain, "after_fit", stop_after)
     with pytest.raises(KeyboardInterrupt):
         fit(phantom, tmp_path / "run", **recipe)
     monkeypatch.undo()

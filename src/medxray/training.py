@@ -325,7 +325,9 @@ class Fitter(Trainer):
                 shutil.rmtree(half, ignore_errors=True) if half.is_dir() else half.unlink(missing_ok=True)
             _cut_log(self.folder / "log.jsonl", _step_of(checkpoint) if checkpoint else 0)
         self.task.watch(self.images)
-        self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        # A run that was killed after its last step has none left; the Trainer would still take one.
+        if checkpoint is None or _step_of(checkpoint) < self.steps:
+            self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         self.accelerator.wait_for_everyone()
         load_trained(self.task, self.folder / CHECKPOINTS / BEST)
         self.task.after_fit()

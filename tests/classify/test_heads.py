@@ -47,7 +47,7 @@ def built(name: str, settings: dict[str, Any], classes: int) -> Head:
 
 def test_a_batch_normalised_probe_does_not_see_the_scale_of_channels() -> None:
     x = features(batch=16)
-    scales = torch.logspace(-2, 2, WIDTH)
+    scales = torch.logspace(-1, 1, WIDTH)
     scaled = Features(x.tokens * scales, None, x.pooled * scales + 3)
     of = {}
     for norm in ("batch", "layer"):
