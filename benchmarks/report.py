@@ -175,6 +175,8 @@ def step(arguments: list[str]) -> None:
             tokens = context_tokens(
                 "release", study.pooled, Context(*vectors, [], []), task.projector.project, task.decoder.wrap_context
             )
+            # One pass over the whole sequence, as it is usually written.
+            tokens.requires_grad_()
             loss = task.decoder.loss(task.projector(study.tokens), tokens, batch.reports)
             return loss / task.items(batch)
 

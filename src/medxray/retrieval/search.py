@@ -16,7 +16,7 @@ from medxray.types import SpecError
 
 BLOCK = 131072
 # How many rows are compared in float32, and how many for queries that so few do not settle.
-CANDIDATES = (128, 1024)
+CANDIDATES = (64, 1024)
 ROUGH_FROM = 8192
 EPSILON = 1e-12
 # Relative rounding error of float32.
@@ -67,16 +67,14 @@ class ExactSearch:
         total = sum((block.T @ scale for block, scale in zip(blocks, scales, strict=True)), self.scale.new_zeros(D))
         self.mean = total / max(1, n)
         self.rough = torch.empty(n, D, dtype=torch.int8, device=self.vectors.device)
-        steps, rests, length, lost = [], [], [self.scale.new_zeros(())], [self.scale.new_zeros(())]
+        steps, known = [], []
         for i, (block, scale) in enumerate(zip(blocks, scales, strict=True)):
             exact = block * scale[:, None] - self.mean
-            self.rough[i * BLOCK : i * BLOCK + len(block)], step, error = _to_bytes(exact)
+            self.rough[i * BLOCK : i * BLOCK + len(block)], step, lost, length = _to_bytes(exact)
             steps.append(step)
-            rests.append(exact @ self.mean)
-            length.append(exact.norm(dim=1).max())
-            lost.append(error.max())
-        self.step, self.rest = torch.cat(steps), torch.cat(rests)
-        self.length, self.lost = (float(torch.stack(values).max()) for values in (length, lost))
+            known.append(torch.stack([exact @ self.mean, lost, length]))
+        self.step, self.known = torch.cat(steps), torch.cat(known, 1)
+        self.length = float(self.known[2].max())
 
     @torch.no_grad()
     def nearest(self, queries: Tensor, k: int, own: Tensor | None = None, bonus: Bonus | None = None) -> Found:
@@ -90,7 +88,7 @@ class ExactSearch:
                 float32 then.
         """
         with torch.autocast(queries.device.type, enabled=False):
-            queries = F.normalize(queries.detach().float(), dim=1)
+            queries = torch.cat([F.normalize(part.float(), dim=1) for part in _few(queries.detach())])
             own = own if own is not None else queries.new_zeros(len(queries), 0, dtype=torch.int64)
             if self.rough is None or bonus is not None or len(queries) == 0:
                 return self._float32(queries, k, own, bonus)
@@ -119,37 +117,36 @@ class ExactSearch:
         """As `_float32`, with (B,) bool: whether the answer is known to be the same."""
         assert self.rough is not None
         table, (n, D) = self.rough, self.vectors.shape
-        centred = queries - self.mean
-        coarse, step, lost = _to_bytes(centred)
-        # Products of 16 queries at a time are the fastest.
-        padded = F.pad(coarse, (0, 0, 0, -len(queries) % 16))
+        rounded = [_to_bytes(part - self.mean) for part in _few(queries)]
+        coarse, step, lost, length = (torch.cat(parts) for parts in zip(*rounded, strict=True))
+        length = length + lost
+        # In units of the query's step: what is known of a row beside the product, and how much the product can be wrong.
+        weights = torch.stack([torch.ones_like(step), length, lost], 1) / step[:, None]
 
-        def products(start: int, stop: int) -> Tensor:
-            # In units of the query's step.
-            found = torch._int_mm(padded, table[start:stop].T)[: len(queries)].float()
-            return found.mul_(self.step[start:stop]).addcmul_(1 / step[:, None], self.rest[start:stop])
+        def bounds(start: int, stop: int) -> Tensor:
+            found = torch._int_mm(coarse, table[start:stop].T).float().mul_(self.step[start:stop])
+            return found.addmm_(weights, self.known[:, start:stop])
 
-        values, rows = _largest(products, n, max(candidates, 2 * k) + own.shape[1], queries)
-        length = centred.norm(dim=1) + lost
-        error = lost * self.length + length * self.lost
+        values, rows = _largest(bounds, n, max(candidates, 2 * k) + own.shape[1], queries)
         # Sums of D numbers in float32, where they are made.
-        error = error + 4 * D * FINE * self.mean.norm() * self.length + 8 * FINE * (1 + length)
-        values = values * step[:, None]
-        # Of the candidates too, those that k others are surely nearer than need no comparison.
-        worst = values[:, min(k + own.shape[1], values.shape[1]) - 1] - error
-        wanted = values + error[:, None] >= worst[:, None]
-        found = self.compare(queries, rows.masked_fill(~wanted, -1), k, own)
-        others = values[:, -1] + error
-        sure = found.similarity[:, -1] - queries @ self.mean >= others
+        slack = 4 * D * FINE * self.mean.norm() * self.length + 8 * FINE * (1 + length)
+        values, middle = values * step[:, None] + slack[:, None], queries @ self.mean
+        first = self.compare(queries, rows[:, : 2 * k + own.shape[1] + 8], k, own)
+        # No row whose bound is lower can be among the best.
+        least = first.similarity[:, -1] - middle
+        found = self.compare(queries, rows.masked_fill(values < least[:, None], -1), k, own)
+        sure = found.similarity[:, -1] - middle >= values[:, -1]
         return found, sure | (rows.shape[1] == n)
 
     def compare(self, queries: Tensor, rows: Tensor, k: int, own: Tensor) -> Found:
         """The best k of some rows (B, m) for each query (B, D) of length one, in float32; -1 stands for no row."""
         query, place = (rows >= 0).nonzero(as_tuple=True)
         taken = rows[query, place]
-        products = (self.vectors[taken].float() * queries[query]).sum(1) * self.scale[taken]
+        places = zip(taken.split(_at_once(queries)), query.split(_at_once(queries)), strict=True)
+        pairs = [(self.vectors.index_select(0, row).float(), queries.index_select(0, which)) for row, which in places]
+        products = torch.cat([(vectors * asked).sum(1) for vectors, asked in pairs])
         values = torch.full(rows.shape, -math.inf, device=rows.device)
-        values[query, place] = products
+        values[query, place] = products * self.scale[taken]
         return _best(values, rows, k, own)
 
 
@@ -256,12 +253,22 @@ def _largest(
     return values, rows.gather(1, which)
 
 
-def _to_bytes(vectors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(n, D) -> (n, D) int8, the step (n,) that one stands for, and the length (n,) of what is lost."""
+def _to_bytes(vectors: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(n, D) -> (n, D) int8, the step (n,) that one stands for, the length (n,) of what is lost, and the whole length (n,)."""
     step = (vectors.abs().amax(1) / 127).clamp(min=EPSILON)
     coarse = (vectors / step[:, None]).round_().clamp_(-127, 127)
     lost = (vectors - coarse * step[:, None]).norm(dim=1)
-    return coarse.to(torch.int8), step, lost
+    return coarse.to(torch.int8), step, lost, vectors.norm(dim=1)
+
+
+def _at_once(vectors: Tensor) -> int:
+    """How many rows of D numbers torch works on without waking its threads, which takes longer than the work itself where
+    other processes keep the cores busy."""
+    return max(1, 16384 // vectors.shape[1])
+
+
+def _few(vectors: Tensor) -> tuple[Tensor, ...]:
+    return vectors.split(_at_once(vectors))
 
 
 def _best(values: Tensor, rows: Tensor, k: int, own: Tensor) -> Found:
