@@ -1,6 +1,6 @@
 """The systems side by side on drawn radiographs: one command, one table.
 
-    python examples/compare_systems.py                  # three seeds, about an hour on two cores
+    python examples/compare_systems.py                  # three seeds, a few hours on two cores
     python examples/compare_systems.py --seeds 1        # a third of that
 
 In the papers an encoder knows images before it learns to report. Here one that has learned to name findings stands in for
