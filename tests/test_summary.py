@@ -216,7 +216,7 @@ def test_a_full_size_report_system_is_shown_without_its_weights() -> None:
     assert four["activations"] == bf16["activations"] > 1
 
 
-@pytest.mark.parametrize("residual", ["release", "after_projection"])
+@pytest.mark.parametrize("residual", ["release", "after_projection", "none"])
 @pytest.mark.parametrize("views", ["average", "concatenate"])
 def test_tokens_of_a_study_are_those_of_its_prompt(residual: str, views: str, tmp_path: Path) -> None:
     from medxray.retrieval.context import context_tokens

@@ -128,7 +128,7 @@ def _text_length(decoder: Any) -> tuple[Any, bool]:
 
 def _context_length(task: Any, count: Any) -> int:
     """Tokens of the context vectors in their prompts."""
-    if task.bank is None or task.bank.settings.residual == "none":
+    if task.bank is None:
         return 0
     prompt, settings = getattr(task.decoder, "prompt", None), task.bank.settings
 
