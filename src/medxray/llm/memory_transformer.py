@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import json
 import math
-import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -19,6 +18,8 @@ from torch.nn import functional as F
 from medxray.llm import Generated, ReportDecoder, StudyTexts
 from medxray.llm.decoding import Writer, decode
 from medxray.types import DataError, RunError, WeightsError
+from medxray.weights import load_into
+from medxray.weights.families import rename
 
 if TYPE_CHECKING:
     from medxray.spec import GenerationSpec
@@ -204,8 +205,6 @@ class MemoryTransformer(ReportDecoder):
         Raises:
             WeightsError: keys that are missing, or shapes that disagree, such as those of another vocabulary.
         """
-        from medxray.weights import load_into
-
         names = own_names(state)
         words = state.get("encoder_decoder.logit.bias")
         if words is not None and len(words) != len(self.words) + 1:
@@ -502,14 +501,11 @@ NOT_DECODER = (f"{PREFIX}att_embed.", f"{PREFIX}model.tgt_embed.1.")
 
 def own_names(keys: Iterable[str]) -> dict[str, str]:
     """R2Gen's names of its decoder's tensors -> those of `MemoryTransformer`."""
-    names = {}
-    for key in keys:
-        if key.startswith(PREFIX) and not key.startswith(NOT_DECODER):
-            name = key.removeprefix(PREFIX)
-            for pattern, instead in RENAMED:
-                name = re.sub(pattern, instead, name)
-            names[key] = name
-    return names
+    return {
+        key: rename(key.removeprefix(PREFIX), RENAMED)
+        for key in keys
+        if key.startswith(PREFIX) and not key.startswith(NOT_DECODER)
+    }
 
 
 def _power_of_two(length: int) -> int:

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -162,6 +162,13 @@ def one_list_of_blocks(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {re.sub(r"^blocks\.\d+\.(?=\d+\.)", "blocks.", key): value for key, value in state.items()}
 
 
+def rename(name: str, rules: Sequence[tuple[str, str]]) -> str:
+    """A tensor's name by another project's rules, each a pattern and what stands in its place, one after the other."""
+    for pattern, replacement in rules:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
 _DINOV2_ON_THE_HUB = (
     (r"^(cls_token|mask_token|register_tokens)$", r"embeddings.\1"),
     (r"^pos_embed$", "embeddings.position_embeddings"),
@@ -186,8 +193,7 @@ def to_hub(state: Mapping[str, Tensor], model_type: str) -> dict[str, Tensor]:
         return dict(state)
     renamed: dict[str, Tensor] = {}
     for key, value in state.items():
-        for pattern, replacement in _DINOV2_ON_THE_HUB:
-            key = re.sub(pattern, replacement, key)
+        key = rename(key, _DINOV2_ON_THE_HUB)
         if ".attn.qkv." in key:
             for part, tensor in zip(("query", "key", "value"), value.chunk(3), strict=True):
                 renamed[key.replace(".attn.qkv.", f".attention.attention.{part}.")] = tensor
@@ -225,9 +231,7 @@ def from_hub(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return dict(state)
     renamed: dict[str, Tensor] = {}
     for key, value in state.items():
-        for pattern, replacement in _VIT_OF_THE_HUB:
-            key = re.sub(pattern, replacement, key)
-        renamed[key] = value
+        renamed[rename(key, _VIT_OF_THE_HUB)] = value
     for key in [key for key in renamed if ".attn.0." in key]:
         parts = [key.replace(".attn.0.", f".attn.{i}.") for i in range(3)]
         if all(part in renamed for part in parts):

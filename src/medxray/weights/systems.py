@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from medxray.types import WeightsError
 from medxray.weights import encoder_state, load_state, refuse
+from medxray.weights.families import rename
 
 # R2GenGPT and R2GenCSR save what they train, under the names of a module around Swin or VMamba and Llama. Those of the
 # Q-Former are of its first public code; those of layers with adapters begin as peft's models do.
@@ -94,10 +95,7 @@ def _load_r2gengpt(task: Any, state: dict[str, Tensor], source: str) -> None:
             layer = re.sub(r"\.self\.(query|key|value)$", lambda match: f".{_SWIN_LAYERS[match[1]]}", layer)
             found[f"encoder.model.{layer}{key[adapter.start():]}"] = (key, tensor)
             continue
-        name = key
-        for pattern, instead in _R2GENGPT:
-            name = re.sub(pattern, instead, name)
-        found[_plain(name)] = (key, tensor)
+        found[_plain(rename(key, _R2GENGPT))] = (key, tensor)
     _put(task, found, source)
 
 

@@ -1,7 +1,6 @@
 """Writing an encoder's weights as other libraries read them: timm's ViT and transformers' ViTModel."""
 
 import json
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -11,6 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from medxray.types import WeightsError
+from medxray.weights.families import rename
 
 TIMM = {192: "tiny", 384: "small", 768: "base", 1024: "large"}
 """Width -> timm's name of the size."""
@@ -192,8 +192,7 @@ def to_transformers(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """A plain ViT's tensors under the names of transformers' files, the inverse of `families.from_hub`."""
     renamed: dict[str, Tensor] = {}
     for key, value in state.items():
-        for pattern, replacement in _TO_TRANSFORMERS:
-            key = re.sub(pattern, replacement, key)
+        key = rename(key, _TO_TRANSFORMERS)
         if ".attn.qkv." in key:
             for part, tensor in zip(("query", "key", "value"), value.chunk(3), strict=True):
                 renamed[key.replace(".attn.qkv.", f".attention.attention.{part}.")] = tensor.clone()
