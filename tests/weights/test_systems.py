@@ -172,6 +172,42 @@ def test_a_fit_begins_with_a_checkpoint(phantom: Path, llm: str, tmp_path: Path)
     assert torch.equal(medxray.load(tmp_path / "run").task.projector.linear.weight, weight)
 
 
+def test_a_fit_begins_where_another_run_ended(phantom: Path, llm: str, tmp_path: Path) -> None:
+    base = spec(phantom, llm, VIT, output=str(tmp_path / "first"))
+    base["decoder"] |= {"lora": {"rank": 2}}
+    first = medxray.build(base).fit(progress=False).task
+    base["training"] |= {"learning_rate": 1e-6, "min_learning_rate": 0.0}
+    # Context joins in the second fit, and the encoder's own weights are not looked for.
+    more = {
+        "weights": str(tmp_path / "first"), "output": str(tmp_path / "second"), "encoder": {"weights": "not-here.pth"},
+        "retriever": {"name": "fixed", "positives": 1, "negatives": 1},
+    }  # fmt: skip
+    second = medxray.build(base, more).fit(progress=False).task
+    ended = dict(first.named_parameters())
+    begun = {name: p for name, p in second.named_parameters() if p.requires_grad}
+    assert any("lora_A" in name for name in begun) and any(name.startswith("encoder.") for name in begun)
+    for name, parameter in begun.items():
+        assert (parameter - ended[name]).abs().max() < 1e-4, name
+    # And back: the context studies stay behind.
+    medxray.build(base, {"weights": str(tmp_path / "second"), "output": str(tmp_path / "third")}).fit(progress=False)
+
+    with pytest.raises(WeightsError, match=r"no fitted run.*model\.safetensors \(found: "):
+        medxray.build(base, {"weights": str(phantom), "output": str(tmp_path / "x")}).fit(progress=False)
+    with pytest.raises(WeightsError, match=r"first do not fit.*the model lacks.*lora_A.*shapes that disagree.*width 32"):
+        wide = {"model": llm_folder(tmp_path / "wide", 64), "lora": None}
+        medxray.build(base, {"weights": str(tmp_path / "first"), "decoder": wide, "output": str(tmp_path / "x")}).fit()
+
+
+def test_a_fit_goes_on_with_the_words_of_its_run(phantom: Path, tmp_path: Path) -> None:
+    decoder = {"name": "memory-transformer", "width": 16, "hidden": 16, "heads": 2, "layers": 1, "threshold": 1}
+    base = spec(phantom, "", VIT, output=str(tmp_path / "first"))
+    base |= {"decoder": decoder, "projector": {"name": "linear-relu"}}
+    first = medxray.build(base).fit(progress=False).task
+    few = {"weights": str(tmp_path / "first"), "output": str(tmp_path / "second"), "data": {"max_studies": 8}}
+    second = medxray.build(base, few).fit(progress=False).task
+    assert second.decoder.words == first.decoder.words
+
+
 def test_on_the_command_line(phantom: Path, llm: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     base = medxray.Spec.read(spec(phantom, llm))

@@ -28,7 +28,7 @@ from medxray.spec import GenerationSpec, Spec
 from medxray.tasks import Task, join_views
 from medxray.types import Batch, Prediction, RunError, Scores, SpecError, WeightsError
 from medxray.visual import ContextCard, StudyCard
-from medxray.weights.systems import load_system
+from medxray.weights.systems import is_run, load_system
 from medxray.weights.writing import export
 
 LOG = logging.getLogger(__name__)
@@ -73,7 +73,12 @@ class Report(Task):
     def prepare(self, studies: Studies) -> None:
         super().prepare(studies)
         train = studies.splits["train"]
-        self.decoder.prepare(train["report"])
+        begin = self.spec.weights
+        if begin is not None and is_run(begin):
+            # Its words, not those of this training set.
+            self.decoder.restore(Path(begin).expanduser())
+        else:
+            self.decoder.prepare(train["report"])
         if self.bank is not None:
             labels = [dict(row) for row in train["labels"]]
             self.bank.fill(train["study_id"], train["patient_id"], train["report"], labels, self.labels)

@@ -1,4 +1,4 @@
-"""Checkpoints of whole report systems, as their projects save them: R2GenGPT's, R2GenCSR's and R2Gen's."""
+"""Checkpoints of whole report systems: medxray's run folders, and R2GenGPT's, R2GenCSR's and R2Gen's files."""
 
 import re
 from collections.abc import Sequence
@@ -47,12 +47,19 @@ def kind_of(state: dict[str, Tensor], source: str) -> str:
     )
 
 
+def is_run(source: str) -> bool:
+    """Whether a source is a folder, which can only be a run's, and not another project's file."""
+    return Path(source).expanduser().is_dir()
+
+
 def holds_encoder(source: str) -> bool:
     """Whether a system's checkpoint has every weight of its encoder, so that no other file is needed for it.
 
     Raises:
         WeightsError: it cannot be read.
     """
+    if is_run(source):
+        return any(key.startswith("encoder.") for key in load_state(_of_run(source)))
     found = [key for key in load_state(Path(source).expanduser()) if key.startswith(("visual_encoder.", "visual_extractor."))]
     return bool(found) and not any(LORA.search(key) for key in found)
 
@@ -61,20 +68,41 @@ def load_system(task: nn.Module, source: str) -> None:
     """Loads a task's encoder, projector and decoder from a checkpoint of a whole system.
 
     What the file was trained with must fit; what its training left as it was, it does not hold: then the task has it already,
-    from the public weights that its spec names. Of R2GenGPT's and R2GenCSR's files everything is loaded or nothing.
+    from the public weights that its spec names. Of R2GenGPT's and R2GenCSR's files everything is loaded or nothing. Of a run
+    the context studies are not taken: a system may go on with others, or with none.
 
     Args:
         task: has the three parts; its decoder knows its vocabulary.
-        source: a file as those projects save it.
+        source: a run folder, or a file as those projects save it.
 
     Raises:
         WeightsError: no such file, or of another system, language model or encoder, with the keys.
     """
+    if is_run(source):
+        state = load_state(_of_run(source))
+        _put(task, {_plain(key): (key, tensor) for key, tensor in state.items() if not key.startswith("bank.")}, source)
+        return
     state = load_state(Path(source).expanduser())
     if kind_of(state, source) == "r2gen":
         _load_r2gen(task, state, source)
     else:
         _load_r2gengpt(task, state, source)
+
+
+def _of_run(source: str) -> Path:
+    """The tensors of a run folder.
+
+    Raises:
+        WeightsError: it is no run's, or its fit has not ended.
+    """
+    folder = Path(source).expanduser()
+    if not (folder / "model.safetensors").is_file():
+        found = ", ".join(sorted(file.name for file in folder.iterdir())[:10]) or "nothing"
+        raise WeightsError(
+            f"weights {source}: no fitted run, which would hold model.safetensors (found: {found}); run fit to its end, or "
+            "name another folder"
+        )
+    return folder / "model.safetensors"
 
 
 def _load_r2gengpt(task: Any, state: dict[str, Tensor], source: str) -> None:
