@@ -69,3 +69,38 @@ def test_lengths_that_disagree_are_named():
 def test_distinct_share():
     assert intervals.distinct_share(["a", "a", "b", "a"]) == 0.5
     assert math.isnan(intervals.distinct_share([]))
+
+
+def apart(ours, theirs, groups, **settings):
+    found = intervals.difference(ReconstructionError(), ours, theirs, np.zeros(len(ours)), groups, **settings)
+    return found["reconstruction-error"]
+
+
+def test_a_difference_is_paired():
+    rng = np.random.default_rng(0)
+    hard, noise = 20 + rng.normal(5, 2, 400), rng.normal(0, 0.2, 400)
+    groups = [str(i) for i in range(400)]
+    found = apart(hard + 0.05 + noise, hard, groups, resamples=2000)
+    width = 1.96 * noise.std() / math.sqrt(400)
+    assert found.value == pytest.approx(0.05 + noise.mean())
+    assert found.high - found.low == pytest.approx(2 * width, rel=0.1), "not that of two separate intervals"
+    back = apart(hard, hard + 0.05 + noise, groups, resamples=2000)
+    assert (back.value, back.low, back.high, back.p) == pytest.approx((-found.value, -found.high, -found.low, found.p))
+
+
+def test_p_value_is_uniform_where_there_is_no_difference():
+    p = []
+    for seed in range(200):
+        values = 9 + np.random.default_rng(seed).normal(0, 1, 60)
+        p.append(apart(values, np.full(60, 9.0), [""] * 60, resamples=400, seed=seed).p)
+    assert 0.01 <= np.mean(np.array(p) < 0.05) <= 0.1 and 0.4 < np.mean(p) < 0.6
+    same = apart(np.ones(9), np.ones(9), [""] * 9)
+    assert (same.value, same.low, same.high, same.p) == (0, 0, 0, 1)
+    assert apart(np.ones(9), np.zeros(9), [""] * 9, resamples=100).p == 0.01
+
+
+def test_what_no_draw_defines_has_no_difference():
+    found = intervals.difference(Bleu(), REPORTS, REPORTS, REPORTS, ["one"] * 4)["bleu-4"]
+    assert found.value == 0 and math.isnan(found.low) and math.isnan(found.p)
+    with pytest.raises(MedxrayError, match="found 4, 3 predictions, 4 references, 4 patient ids"):
+        intervals.difference(Bleu(), REPORTS, REPORTS[:3], REPORTS, ["one"] * 4)
