@@ -247,6 +247,137 @@ def schema(out: Annotated[Optional[Path], typer.Option(help="write to a file")] 
 
 
 @app.command()
+def prepare(
+    source: Annotated[Optional[str], typer.Argument(help="a reader, or a spec, as in fit", metavar="READER")] = None,
+    out: Annotated[Optional[Path], typer.Argument(help="gets the shards", metavar="FOLDER")] = None,
+    settings: Annotated[
+        Optional[list[str]], typer.Argument(help="settings of the data, as key=value", metavar="[KEY=VALUE]...")
+    ] = None,
+    size: Annotated[
+        Optional[str], typer.Option(help="pixels a side, HEIGHTxWIDTH, or full; a spec's image_size", metavar="PIXELS")
+    ] = None,
+    fit: Annotated[Optional[str], typer.Option(help="stretch or pad")] = None,
+    bits: Annotated[str, typer.Option(help="auto, 8 or 16 of a pixel; auto takes 16 where the source is deeper")] = "auto",
+    shard: Annotated[int, typer.Option(help="studies of a shard")] = 256,
+    masks: Annotated[bool, typer.Option("--masks", help="keep where the chest is beside each image")] = False,
+    workers: Annotated[Optional[int], typer.Option(help="processes; one a core by default")] = None,
+    ray: Annotated[
+        Optional[str], typer.Option(help="of a Ray cluster that does the work, or local", metavar="ADDRESS")
+    ] = None,
+    verify: Annotated[
+        Optional[Path], typer.Option(help="check shards against their manifest; makes none", metavar="FOLDER")
+    ] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Write a data set as Parquet shards with its images decoded and resized; goes on where an interrupted run stopped.
+
+    \b
+    Examples:
+      medxray prepare dicom-folder shards reader.root=FOLDER --size 1280
+      medxray prepare r2gen-mimic-cxr shards data.reader.root=FOLDER --workers 8
+      medxray prepare --verify shards
+    """
+    with _mistakes():
+        from medxray.data import data_of, verify_shards, write_shards
+        from medxray.types import SpecError
+
+        if verify is not None:
+            if source is not None:
+                raise SpecError(f"--verify makes no shards; leave out {source!r}")
+            _print(f"verified: {verify}: {_amounts(verify_shards(verify, progress=not quiet))}")
+            return
+        if source is None or out is None or "=" in str(out):
+            raise SpecError("expected a reader or spec, then the folder that gets the shards: medxray prepare READER FOLDER")
+        if bits not in ("auto", "8", "16"):
+            raise SpecError(f"--bits: expected auto, 8 or 16, found {bits!r}")
+        settings, whole = list(settings or []), size == "full"
+        named = _sides(None if whole else size, "--size")
+        settings += [f"image_size={named}"] if named else []
+        settings += [f"fit={fit}"] if fit else []
+        spec, of_reader = data_of(source, settings)
+        if of_reader and size is None and not any(text.removeprefix("data.").startswith("image_size=") for text in settings):
+            raise SpecError("--size: expected pixels a side, such as 1280, or full; a reader alone does not say it")
+        finder = None
+        if masks:
+            from medxray.pretrain import SEGMENTERS, SegmenterSettings
+            from medxray.pretrain.regions import Contours
+
+            usual = SEGMENTERS.settings_of("classical")(name="classical")
+            finder = Contours(spec.segmenter if isinstance(spec.segmenter, SegmenterSettings) else usual)  # type: ignore[arg-type]
+        found = write_shards(
+            spec.data, out, full=whole, bits=bits, studies=shard, masks=finder,  # type: ignore[arg-type]
+            workers=workers, ray=ray, progress=not quiet,
+        )  # fmt: skip
+        _print(f"written: {out}: {_amounts(found)}")
+        for one in found["skipped"][:5]:
+            _print(f"  skipped {one['study']} {one['file']}: {one['reason']}")
+        if len(found["skipped"]) > 5:
+            _print(f"  and {len(found['skipped']) - 5} more, in {out / 'manifest.json'}")
+
+
+def _amounts(manifest: dict[str, Any]) -> str:
+    return (
+        f"{len(manifest['files']):,} shards, {manifest['studies']:,} studies, {manifest['images']:,} images, "
+        f"{manifest['bytes'] / 2**20:,.1f} MiB"
+    )
+
+
+@app.command()
+def inspect(
+    source: Annotated[str, typer.Argument(help="a reader, a spec, as in fit, or a data set's folder", metavar="DATA")],
+    settings: Annotated[
+        Optional[list[str]], typer.Argument(help="settings of the data, as key=value", metavar="[KEY=VALUE]...")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="gets the card")] = Path("card.html"),
+    images: Annotated[Optional[int], typer.Option(min=1, help="look at so many images only, chosen by the seed")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="chooses the images that are looked at and shown")] = 0,
+    workers: Annotated[Optional[int], typer.Option(min=1, help="processes; one a core by default")] = None,
+    strict: Annotated[bool, typer.Option("--strict", help="exit with 3 where something leaks")] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write a card of a data set: counts, images that stand out, copies, reports, and what leaks between splits.
+
+    Exit code 0, or 3 with --strict where patients, images or reports are in two splits, or an input holds the report.
+
+    \b
+    Examples:
+      medxray inspect iu-xray reader.root=FOLDER
+      medxray inspect r2gen-mimic-cxr data.reader.root=FOLDER --images 5000 --strict
+      medxray inspect FOLDER --out card.html
+    """
+    with _mistakes():
+        import json
+
+        from rich.console import Console
+        from rich.table import Table
+
+        from medxray.data import data_of
+        from medxray.data.inspection import inspect, reader_of
+        from medxray.spec import Spec
+        from medxray.visual.data_card import data_card, verdict
+
+        settings, folder = list(settings or []), Path(source)
+        if (folder / "spec.yaml").is_file():
+            spec = Spec.read(folder, settings)
+        elif folder.is_dir():
+            spec, _ = data_of(reader_of(folder), [f"reader.root={json.dumps(source)}", *settings])
+        else:
+            spec, _ = data_of(source, settings)
+        found = inspect(spec.data, images=images, seed=seed, workers=workers, progress=not quiet)
+        data_card(out, found)
+        table = Table("", "studies", "patients", "images", "reports", box=None, pad_edge=False)
+        for split, counts in found.splits.items():
+            numbers = (counts.studies, counts.patients, counts.images, counts.reports)
+            table.add_row(split or "all", *(f"{number:,}" for number in numbers))
+        Console().print(table)
+        for line in verdict(found):
+            _print(line)
+        _print(f"card: {out}")
+        if strict and found.leaking:
+            sys.exit(3)
+
+
+@app.command()
 def demo(
     folder: Annotated[Path, typer.Option(help="where data and runs go")] = Path("runs/demo"),
     quiet: Quiet = False,
@@ -286,7 +417,7 @@ def _open(run: str, settings: list[str] | None, spec: str | None = None) -> Any:
     return medxray.build(run, settings)
 
 
-def _sides(text: str | None) -> int | list[int] | None:
+def _sides(text: str | None, option: str = "--image-size") -> int | list[int] | None:
     """"224" and "224x320" as data.image_size has them."""
     import re
 
@@ -294,7 +425,7 @@ def _sides(text: str | None) -> int | list[int] | None:
 
     found = re.fullmatch(r"([1-9]\d*)(?:x([1-9]\d*))?", text or "")
     if text is not None and found is None:
-        raise SpecError(f"--image-size: expected pixels such as 224, or 224x320 (height x width), found {text!r}")
+        raise SpecError(f"{option}: expected pixels such as 224, or 224x320 (height x width), found {text!r}")
     if found is None:
         return None
     return [int(found[1]), int(found[2])] if found[2] else int(found[1])

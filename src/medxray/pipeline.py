@@ -166,7 +166,13 @@ class Pipeline:
     def studies(self) -> Studies:
         """The data set, read and checked on first use."""
         if self._studies is None:
-            self._studies = load_studies(self.spec.data, reports=TASKS.get(self.spec.task).reports)
+            found = load_studies(self.spec.data, reports=TASKS.get(self.spec.task).reports)
+            if _names_of(self.folder) not in (None, found.reader.mark):
+                raise RunError(
+                    f"{self.folder}: the names of patients were made with another key than the one that is found now, which "
+                    "would divide them otherwise; name the key of this fit by data.reader.key_file or MEDXRAY_KEY, or fit again"
+                )
+            self._studies = found
         return self._studies
 
     def images(self, split: str, *, train: bool = False) -> StudyImages:
@@ -398,7 +404,8 @@ class Pipeline:
             references = {}
         self.task.save_files(folder)
         _write_json(folder / "references.json", references)
-        _write_json(folder / "environment.json", environment())
+        mark = self._studies.reader.mark if self._studies is not None else _names_of(self.folder)
+        _write_json(folder / "environment.json", environment() | ({"names": mark} if mark else {}))
         _write(folder / "spec.yaml", spec.to_yaml())
         save_trained(self.task, folder / "model.safetensors")
         return folder
@@ -534,7 +541,8 @@ class Pipeline:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             _write(self.folder / "spec.yaml", self.spec.to_yaml())
-            _write_json(self.folder / "environment.json", environment())
+            mark = self.studies.reader.mark
+            _write_json(self.folder / "environment.json", environment() | ({"names": mark} if mark else {}))
             if self.studies.skipped:
                 rows = "".join(json.dumps(row) + "\n" for row in self.studies.skipped)
                 _write(self.folder / "skipped.jsonl", rows)
@@ -574,6 +582,14 @@ def environment() -> dict[str, Any]:
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "packages": packages,
     }
+
+
+def _names_of(folder: Path) -> str | None:
+    """What a run folder tells of how its patients were named; None where it tells nothing."""
+    try:
+        return str(json.loads((folder / "environment.json").read_text(encoding="utf-8"))["names"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def read_log(folder: Path) -> list[dict[str, Any]]:

@@ -52,9 +52,30 @@ class DataSpec(Section):
         "average", description="how the token maps of a study's views are joined"
     )
     max_views: Positive = Field(2, description="views of a study that are read at most")
-    cleaning: Literal["r2gen-iu", "r2gen-mimic", "none"] = Field("r2gen-iu", description="rule for report text")
+    cleaning: Literal["r2gen-iu", "r2gen-mimic", "r2gencsr-mimic", "none"] = Field(
+        "r2gen-iu", description="rule for report text"
+    )
+    marks: Literal["keep", "drop"] = Field(
+        "keep", description="what becomes of the marks of de-identification in texts: XXXX, ___, [** **]"
+    )
+    split: Literal["official", "patient", "stratified"] = Field(
+        "official",
+        description="as the data set has it, or all patients anew: by a hash of their names, or such that labels are as "
+        "frequent in each split",
+    )
+    split_shares: list[Share] = Field(
+        [0.8, 0.1, 0.1],
+        description="of the patients, for train, val and test, where split is patient or stratified",
+        min_length=3,
+        max_length=3,
+    )
     labels: list[str] | None = Field(None, description="names of labels; all that the data set has by default")
     on_error: Literal["raise", "skip"] = Field("raise", description="what an unreadable image does")
+    burned_in: Literal["keep", "drop"] = Field(
+        "keep",
+        description="drop leaves out studies with an image whose header says that annotations are burned into it; those whose "
+        "headers say nothing stay",
+    )
     max_pixels: Positive = Field(100_000_000, description="an image with more is refused before it is decoded")
     crop: Annotated[float, Field(gt=0, le=1)] = Field(
         1.0, description="smallest share of the area that a random training crop keeps; never flipped"
@@ -69,6 +90,16 @@ class DataSpec(Section):
         description="reduced decodes JPEG and JPEG 2000 at a half, a quarter or less of their sides, where that is no "
         "smaller than image_size and the crop need",
     )
+    frames: Literal["refuse", "first"] = Field("refuse", description="a file of several frames: refused, or its first read")
+    window: Count = Field(0, description="which of a DICOM file's VOI LUTs, or windows where it has no LUT; 0 is the first")
+    border: Literal["keep", "crop"] = Field(
+        "keep", description="crop cuts off the straight black or white border that a collimator leaves"
+    )
+    clahe: Annotated[float, Field(ge=1)] | None = Field(
+        None,
+        description="limit of a contrast-limited adaptive histogram equalisation, such as 2.0, in multiples of the mean "
+        "count of a level; none if null",
+    )
     cache_images: Flag = Field(True, description="keep decoded images in memory while they fit one GiB")
     workers: Count = Field(0, description="processes that load images")
     max_studies: Positive | None = Field(None, description="the first so many studies of each split only")
@@ -82,6 +113,31 @@ class DataSpec(Section):
         if self.crop_from is not None and (self.crop < 1 or self.crop_from < side):
             raise ValueError(f"crop_from must be at least image_size ({side}) and stands in place of crop; leave one out")
         return self
+
+    @model_validator(mode="after")
+    def _shares_of_a_division(self) -> "DataSpec":
+        if self.split == "official" and self.split_shares != DataSpec.model_fields["split_shares"].default:
+            raise ValueError(
+                f"split_shares {self.split_shares} do nothing beside split official; set split: patient or split: stratified"
+            )
+        return self
+
+    @field_validator("split_shares")
+    @classmethod
+    def _whole(cls, shares: list[float]) -> list[float]:
+        if abs(sum(shares) - 1) > 1e-6 or not shares[0]:
+            raise ValueError(
+                f"expected three shares that sum to 1, that of train above 0 (they sum to {sum(shares):g}), such as "
+                "[0.8, 0.1, 0.1]"
+            )
+        return shares
+
+    @property
+    def shown(self) -> dict[str, Any]:
+        """How files become images, as `medxray.data.read_image` takes it; what is as by default is left out."""
+        fields = {"frame": "frames", "window": "window", "border": "border", "clahe": "clahe"}
+        values = {name: (getattr(self, field), DataSpec.model_fields[field].default) for name, field in fields.items()}
+        return {name: value for name, (value, default) in values.items() if value != default}
 
     @property
     def crops(self) -> tuple[float, float] | None:
@@ -236,8 +292,8 @@ class Spec(Section):
     output: str | None = Field(None, description="run folder; runs/NAME if null")
     weights: str | None = Field(
         None,
-        description="a checkpoint of a whole system that a fit begins with: a file of R2GenCSR, R2GenGPT or R2Gen. Where it "
-        "has the encoder, encoder.weights is not read",
+        description="a checkpoint of a whole system that a fit begins with: a run folder, or a file of R2GenCSR, R2GenGPT or "
+        "R2Gen. Where it has the encoder, encoder.weights is not read",
     )
     data: SerializeAsAny[DataSpec]
     encoder: Part | None = None

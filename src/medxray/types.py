@@ -45,6 +45,8 @@ class Study(TypedDict):
     `labels` maps a name to 1 present, 0 absent, -1 uncertain; a name that is missing is None.
     `report` is the cleaned target text; `views` are "PA", "AP", "LL" or "unknown", one an image. `indication`, why the
     study was made, and `prior`, the report of the patient's study before, are "" where unknown, or left out.
+    `burned_in` is 1 where a header says that annotations are burned into one of the images, 0 where all say that none
+    are, and None, or left out, where that is unknown.
     """
 
     study_id: str
@@ -58,6 +60,7 @@ class Study(TypedDict):
     split: str
     indication: NotRequired[str]
     prior: NotRequired[str]
+    burned_in: NotRequired[int | None]
 
 
 @dataclass

@@ -260,6 +260,6 @@ def test_what_is_no_study(tmp_path: Path, value: object, message: str) -> None:
 
 
 def test_features_describe_a_study() -> None:
-    row = {key: "" for key in FEATURES} | {"images": ["a"], "views": ["PA"], "labels": {"Mass": None}}
+    row = {key: "" for key in FEATURES} | {"images": ["a"], "views": ["PA"], "labels": {"Mass": None}, "burned_in": None}
     rows = Dataset.from_list([row], features=features_of(["Mass"]))
     assert rows[0] == row

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 from medxray.types import DataError, ImageError
 
 if TYPE_CHECKING:
-    from medxray.data.images import read_image, to_image
+    from medxray.data.images import ImageHeader, equalise, exposed_field, read_header, read_image, to_image
     from medxray.data.loading import Sample, StudyImages, collate, study_from
+    from medxray.data.prepare import data_of, verify_shards, write_shards
     from medxray.data.readers import READERS, Reader
     from medxray.data.seeds import seed_of
     from medxray.data.study import FEATURES, Studies, features_of, load_studies
@@ -16,8 +17,9 @@ if TYPE_CHECKING:
     from medxray.data.transforms import random_crop_box, resize
 
 _MODULES = {
-    "images": ("read_image", "to_image"),
+    "images": ("ImageHeader", "equalise", "exposed_field", "read_header", "read_image", "to_image"),
     "loading": ("Sample", "StudyImages", "collate", "study_from"),
+    "prepare": ("data_of", "verify_shards", "write_shards"),
     "readers": ("READERS", "Reader"),
     "seeds": ("seed_of",),
     "study": ("FEATURES", "Studies", "features_of", "load_studies"),
@@ -30,20 +32,27 @@ __all__ = [
     "READERS",
     "DataError",
     "ImageError",
+    "ImageHeader",
     "Reader",
     "Sample",
     "Studies",
     "StudyImages",
     "clean",
     "collate",
+    "data_of",
+    "equalise",
+    "exposed_field",
     "features_of",
     "load_studies",
     "random_crop_box",
+    "read_header",
     "read_image",
     "resize",
     "seed_of",
     "study_from",
     "to_image",
+    "verify_shards",
+    "write_shards",
 ]
 
 

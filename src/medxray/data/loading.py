@@ -202,8 +202,21 @@ class StudyImages(torch.utils.data.Dataset[Sample]):
         """
         source = self.reader.open(image)
         return read_image(
-            source, max_pixels=self.spec.max_pixels, at_least=at_least, name=str(self.root / image)
+            source,
+            max_pixels=self.spec.max_pixels,
+            at_least=at_least,
+            name=str(self.root / image),
+            **self.spec.shown,
         )
+
+    def stamp(self, image: str) -> str:
+        """Changes when an image does, or how it is shown.
+
+        Raises:
+            OSError: it is not there.
+        """
+        stamp = self.reader.stamp(image)
+        return f"{stamp} {self.spec.shown}" if self.spec.shown else stamp
 
     @property
     def needed(self) -> tuple[int, int] | None:
@@ -374,10 +387,10 @@ def needed_size(spec: "DataSpec", crop: float = 1.0) -> tuple[int, int] | None:
 
 def _pixels(image: Any, spec: "DataSpec") -> NDArray[np.float32]:
     if isinstance(image, (str, Path, bytes)):
-        return read_image(image, max_pixels=spec.max_pixels, at_least=needed_size(spec))
+        return read_image(image, max_pixels=spec.max_pixels, at_least=needed_size(spec), **spec.shown)
     if isinstance(image, (list, tuple, Mapping)):
         raise ImageError(
             f"expected a path, array, tensor or PIL image as a view, found {type(image).__name__}; "
             "a study is one list of images"
         )
-    return to_image(image, max_pixels=spec.max_pixels)
+    return to_image(image, max_pixels=spec.max_pixels, border=spec.border, clahe=spec.clahe)

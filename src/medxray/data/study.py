@@ -12,8 +12,9 @@ from datasets.table import InMemoryTable
 
 from medxray.data.images import read_image
 from medxray.data.readers import READERS, Reader
+from medxray.data.splits import divide
 from medxray.data.subsets import subset
-from medxray.data.text import clean, is_empty
+from medxray.data.text import clean, is_empty, without_marks
 from medxray.registry import nearest
 from medxray.types import DataError, ImageError, Study
 
@@ -33,6 +34,7 @@ FEATURES = Features(
         "split": Value("string"),
         "indication": Value("string"),
         "prior": Value("string"),
+        "burned_in": Value("int8"),
     }
 )
 """Columns of every data set of studies; `features_of` fills in the labels."""
@@ -84,7 +86,7 @@ class Studies:
                 )
 
 
-def load_studies(spec: "DataSpec", *, reports: bool | None = None) -> Studies:
+def load_studies(spec: "DataSpec", *, reports: bool | None = None, images: bool = True) -> Studies:
     """Reads, checks and cleans a data set.
 
     With `on_error: skip` every image is decoded once here, so that what cannot be read is known, counted and
@@ -93,6 +95,7 @@ def load_studies(spec: "DataSpec", *, reports: bool | None = None) -> Studies:
     Args:
         spec: the data block of a spec.
         reports: whether each study must have a report; None asks for all or none.
+        images: whether they are looked at; where they lie always is.
 
     Raises:
         DataError: two studies of one name, a patient in two splits, an unknown label, no training study, an
@@ -104,16 +107,26 @@ def load_studies(spec: "DataSpec", *, reports: bool | None = None) -> Studies:
     root = reader.root
     if not studies:
         raise DataError(f"{root}: reader {spec.reader.name!r} found no study; check data.reader")
+    studies = divide(studies, spec.split, spec.split_shares)
     _check_names(studies, root)
     _check_patients(studies, root)
     labels = _choose_labels(studies, spec.labels, root)
-    studies = subset(_first(studies, spec.max_studies), spec.fraction)
     skip = spec.on_error == "skip"
-    skipped: list[dict[str, str]] = []
+    skipped = _left_out(reader, skip)
+    if spec.burned_in == "drop":
+        studies = _not_burned_in(studies, skipped)
+    studies = subset(_first(studies, spec.max_studies), spec.fraction)
+    if spec.marks == "drop":
+        studies = [_without_marks(study) for study in studies]
     studies = _with_reports(studies, spec.cleaning, reports, skip, skipped, root)
-    studies = _with_images(studies, reader, skip, spec.max_pixels, skipped)
+    _check_paths(studies, reader)
+    if images:
+        studies = _with_images(studies, reader, skip, spec, skipped)
     features = features_of(labels)
-    splits = {split: _dataset([s for s in studies if s["split"] == split], labels, features) for split in SPLITS}
+    try:
+        splits = {split: _dataset([s for s in studies if s["split"] == split], labels, features) for split in SPLITS}
+    except UnicodeEncodeError:
+        raise _half_a_character(studies, root) from None
     most = max((len(s["images"]) for s in studies), default=1)
     views = 1 if spec.views == "single" else min(spec.max_views, most)
     found = Studies(splits, labels, root, views, reader, skipped)
@@ -143,7 +156,7 @@ def _check_patients(studies: list[Study], root: Path) -> None:
         examples = [f"{patient} in {' and '.join(sorted(own))}" for patient, own in leaks.items()]
         raise DataError(
             f"{root}: {len(leaks)} patients in two splits ({', '.join(examples[:3])}); all studies of a "
-            "patient must be in one; mend the split column, or leave it out to divide by patient"
+            "patient must be in one; mend the split column, or set data.split: patient to divide by patient"
         )
 
 
@@ -158,6 +171,27 @@ def _choose_labels(studies: list[Study], wanted: list[str] | None, root: Path) -
     return known if wanted is None else list(wanted)
 
 
+def _left_out(reader: Reader, skip: bool) -> list[dict[str, str]]:
+    if reader.damaged and not skip:
+        first = reader.damaged[0]
+        raise DataError(
+            f"{reader.root}: files that cannot be read: {len(reader.damaged)}, such as {first['file']} ({first['reason']}); mend "
+            "or remove them, or set data.on_error: skip"
+        )
+    return [*reader.left_out, *reader.damaged]
+
+
+def _not_burned_in(studies: list[Study], skipped: list[dict[str, str]]) -> list[Study]:
+    kept = []
+    for study in studies:
+        if study.get("burned_in") == 1:
+            reason = "a header says that annotations are burned into an image (data.burned_in: drop)"
+            skipped.append({"study": study["study_id"], "file": "", "reason": reason})
+        else:
+            kept.append(study)
+    return kept
+
+
 def _first(studies: list[Study], most: int | None) -> list[Study]:
     if most is None:
         return studies
@@ -168,6 +202,14 @@ def _first(studies: list[Study], most: int | None) -> list[Study]:
         if seen[study["split"]] <= most:
             kept.append(study)
     return kept
+
+
+_TEXTS = ("findings", "impression", "report", "indication", "prior")
+
+
+def _without_marks(study: Study) -> Study:
+    texts: dict[str, Any] = {key: without_marks(str(text)) for key in _TEXTS if (text := dict(study).get(key))}
+    return Study(**{**study, **texts})  # type: ignore[typeddict-item]
 
 
 def _with_reports(
@@ -198,20 +240,24 @@ def _with_reports(
     return kept
 
 
-def _with_images(
-    studies: list[Study], reader: Reader, skip: bool, max_pixels: int, skipped: list[dict[str, str]]
-) -> list[Study]:
-    """Studies with the images that can be used: decoded with `skip`, else only looked for."""
+def _check_paths(studies: list[Study], reader: Reader) -> None:
     for study in studies:
         for image in study["images"]:
             reader.inside(image, f"{reader.root}: study {study['study_id']!r}")
+
+
+def _with_images(
+    studies: list[Study], reader: Reader, skip: bool, spec: "DataSpec", skipped: list[dict[str, str]]
+) -> list[Study]:
+    """Studies with the images that can be used: decoded with `skip`, else only looked for."""
     names = [image for study in studies for image in study["images"]]
     if not skip:
         missing = [name for name in names if not reader.exists(name)]
         if missing:
+            slashes = "; folders are parted by \\: write them with /" if any("\\" in name for name in missing) else ""
             raise DataError(
                 f"{reader.root}: {len(missing)} of {len(names)} images are missing: {_some(missing)}; "
-                "check data.reader.root, or set data.on_error: skip"
+                f"check data.reader.root, or set data.on_error: skip{slashes}"
             )
         bare = [study["study_id"] for study in studies if not study["images"]]
         if bare:
@@ -222,7 +268,9 @@ def _with_images(
 
     def unreadable(name: str) -> str | None:
         try:
-            read_image(reader.open(name), max_pixels=max_pixels, name=str(reader.root / name))
+            read_image(
+                reader.open(name), max_pixels=spec.max_pixels, name=str(reader.root / name), **spec.shown
+            )
         except ImageError as error:
             return str(error)
         return None
@@ -247,12 +295,27 @@ def _with_images(
 
 
 def _dataset(studies: list[Study], labels: list[str], features: Features) -> Dataset:
-    columns: dict[str, list[Any]] = {key: [dict(s).get(key, "") for s in studies] for key in FEATURES}
+    unknown = dict.fromkeys(FEATURES, "") | {"burned_in": None}
+    columns: dict[str, list[Any]] = {key: [dict(s).get(key, unknown[key]) for s in studies] for key in FEATURES}
     columns["labels"] = [{label: s["labels"].get(label) for label in labels} for s in studies]
     # `Dataset.from_dict` looks at every value in Python first.
     return Dataset(InMemoryTable.from_pydict(columns, schema=features.arrow_schema))
 
 
+def _half_a_character(studies: list[Study], root: Path) -> DataError:
+    for study in studies:
+        for column, value in study.items():
+            try:
+                repr(value).encode() if isinstance(value, list) else str(value).encode()
+            except UnicodeEncodeError as error:
+                half = error.object[error.start]
+                return DataError(
+                    f"{root}: study {study['study_id']!a}: {column} holds half a character ({half!a}); write the file "
+                    "again as UTF-8"
+                )
+    return DataError(f"{root}: a label's name holds half a character; write the file again as UTF-8")
+
+
 def _some(names: list[str]) -> str:
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(repr(name) for name in names[:3]) + more
+    return ", ".join(repr(name if len(name) <= 200 else f"{name[:197]}...") for name in names[:3]) + more

@@ -17,21 +17,30 @@ def subset(studies: Sequence[Study], fraction: float) -> list[Study]:
     labels' most exactly. At least one patient is taken; a study without a patient is one of its own.
     """
     train = [study for study in studies if study["split"] == "train"]
-    owner = [study["patient_id"] or study["study_id"] for study in train]
-    patients = sorted(set(owner))
+    patients = sorted({owner_of(study) for study in train})
     if fraction == 1 or not patients:
         return list(studies)
-    rows = {patient: row for row, patient in enumerate(patients)}
-    labels = {label: column for column, label in enumerate(sorted({name for s in train for name in s["labels"]}))}
-    # Whether a patient has a label in any study, and whether any tells.
-    positive, known = np.zeros((2, len(patients), len(labels)), dtype=bool)
-    for patient, study in zip(owner, train, strict=True):
-        for label, value in study["labels"].items():
-            positive[rows[patient], labels[label]] |= value == 1
-            known[rows[patient], labels[label]] |= value in (0, 1)
-    order = ranked(np.concatenate([positive, known], 1), np.array([seed_of("subset", name) for name in patients]))
+    order = ranked(traits(train, patients), np.array([seed_of("subset", name) for name in patients]))
     taken = {patients[row] for row in order[: max(1, round(fraction * len(patients)))]}
-    return [s for s in studies if s["split"] != "train" or (s["patient_id"] or s["study_id"]) in taken]
+    return [study for study in studies if study["split"] != "train" or owner_of(study) in taken]
+
+
+def owner_of(study: Study) -> str:
+    """The patient of a study; a study without one is its own."""
+    return study["patient_id"] or study["study_id"]
+
+
+def traits(studies: Sequence[Study], patients: Sequence[str]) -> NDArray[np.bool_]:
+    """Of each of n patients, by any of the studies: (n, 2K), the K labels that are present, and those that are known."""
+    rows = {patient: row for row, patient in enumerate(patients)}
+    labels = {label: column for column, label in enumerate(sorted({name for s in studies for name in s["labels"]}))}
+    positive, known = np.zeros((2, len(patients), len(labels)), dtype=bool)
+    for study in studies:
+        row = rows[owner_of(study)]
+        for label, value in study["labels"].items():
+            positive[row, labels[label]] |= value == 1
+            known[row, labels[label]] |= value in (0, 1)
+    return np.concatenate([positive, known], 1)
 
 
 def ranked(groups: NDArray[np.bool_], keys: NDArray[np.int64]) -> NDArray[np.int64]:

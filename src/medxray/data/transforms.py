@@ -3,12 +3,14 @@ are part of the report."""
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
+from scipy.sparse import csr_matrix
 from torch import Tensor
 
 Image = NDArray[np.float32] | Tensor
@@ -62,9 +64,28 @@ def _inside(shape: Sequence[int], size: tuple[int, int], fit: str) -> tuple[int,
 def _interpolate(pixels: Tensor, h: int, w: int) -> Tensor:
     if pixels.shape[1:] == (h, w):
         return pixels
+    if h < pixels.shape[1]:
+        # The same sums, rows first: as a sparse product they take a third of the time.
+        pixels = torch.from_numpy(_row_weights(pixels.shape[1], h) @ pixels[0].numpy())[None]
     small = F.interpolate(pixels[None], (h, w), mode="bilinear", antialias=True, align_corners=False)[0]
     # The weights of a pixel sum to 1 only to an ulp.
     return small.clamp_(0, 1)
+
+
+@lru_cache(64)
+def _row_weights(H: int, h: int) -> csr_matrix:
+    """(h, H): what each row of the smaller image takes of those of the larger, in float32 as torch reckons."""
+    f = np.float32
+    scale = f(H) / f(h)
+    centres = scale * (np.arange(h, dtype=f) + f(0.5))
+    first = np.maximum((centres - scale + f(0.5)).astype(np.int64), 0)
+    last = np.minimum((centres + scale + f(0.5)).astype(np.int64), H)
+    rows = first[:, None] + np.arange((last - first).max())
+    weights = np.maximum(0, 1 - np.abs((rows.astype(f) - centres[:, None] + f(0.5)) / scale))
+    weights[rows >= last[:, None]] = 0
+    weights /= weights.sum(1, keepdims=True)
+    ends = np.arange(0, rows.size + 1, rows.shape[1])
+    return csr_matrix((weights.ravel(), np.minimum(rows, H - 1).ravel(), ends), shape=(h, H))
 
 
 def random_crop_box(seed: int, crop: float, most: float = 1.0) -> Box:

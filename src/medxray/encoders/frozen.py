@@ -82,7 +82,7 @@ def features_key(encoder: Encoder, images: StudyImages) -> str:
         digest.update(spec.decode.encode())
     for views in images.images:
         for view in views:
-            digest.update(images.reader.stamp(view).encode())
+            digest.update(images.stamp(view).encode())
     return digest.hexdigest()[:24]
 
 

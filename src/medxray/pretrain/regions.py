@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from medxray.cache import cache_folder
 from medxray.data import StudyImages
-from medxray.data.images import read_image
+from medxray.data.images import MAX_PIXELS, read_image
 from medxray.pretrain import SEGMENTERS, Region, Segmenter, SegmenterSettings, Source
 from medxray.types import ImageError, SpecError
 
@@ -198,7 +198,7 @@ class Contours:
 
     def _folder(self, root: Path) -> Path:
         """Where regions are kept that were found with these settings and this method."""
-        method = [self.settings.model_dump(), self.segmenter.version, SIDE]
+        method = [*self.method.values(), SIDE]
         key = hashlib.sha256(json.dumps(method, sort_keys=True).encode()).hexdigest()[:12]
         beside = root / ".medxray" / f"contours-{key}"
         own = hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:12]
@@ -219,19 +219,49 @@ class Contours:
         Raises:
             ImageError: the image cannot be read.
         """
-        missing = ""
-        path = self.stored(images.root, name)
-        if path is not None:
-            try:
-                mask = read_image(path, max_pixels=images.spec.max_pixels)[0]
-                if mask.max() > 0:
-                    return Region(mask / mask.max(), "stored", "")
-                missing = f"the stored mask {path} is empty"
-            except ImageError as error:
-                missing = f"no stored mask: {error}"
-        pixels = images.read(name, (_DECODED, _DECODED))[0]
-        region = self.segmenter(pixels, view)
+        beside = images.reader.mask(name)
+        if beside is not None:
+            return Region(beside, "stored", "")
+        mask, missing = self._read(images.root, name, images.spec.max_pixels)
+        if mask is not None:
+            return Region(mask, "stored", "")
+        region = self.segmenter(images.read(name, (_DECODED, _DECODED))[0], view)
         return region._replace(reason="; ".join(filter(None, (missing, region.reason))))
+
+    @property
+    def method(self) -> dict[str, Any]:
+        """What decides a region, as plain values."""
+        return {"segmenter": self.settings.model_dump(), "version": self.segmenter.version}
+
+    def mask(
+        self, pixels: NDArray[np.float32], view: str, root: Path, image: str
+    ) -> NDArray[np.float32] | NDArray[np.bool_] | None:
+        """The same for an image that was read already, as `medxray.data.write_shards` asks for it.
+
+        Args:
+            pixels: (1, H, W) in [0, 1].
+            view: "PA", "AP", "LL" or "unknown".
+            root, image: of the data set, and the image's name in it.
+
+        Returns:
+            Coverage (h, w); None where there is neither a stored mask nor a contour.
+        """
+        stored, _ = self._read(root, image, MAX_PIXELS)
+        if stored is not None:
+            return stored
+        region = self.segmenter(np.ascontiguousarray(pixels[0]), view)
+        return region.mask if region.source == "computed" else None
+
+    def _read(self, root: Path, name: str, max_pixels: int) -> tuple[NDArray[np.float32] | None, str]:
+        """An image's stored mask, or why there is none where there should be."""
+        path = self.stored(root, name)
+        if path is None:
+            return None, ""
+        try:
+            mask = read_image(path, max_pixels=max_pixels)[0]
+        except ImageError as error:
+            return None, f"no stored mask: {error}"
+        return (mask / mask.max(), "") if mask.max() > 0 else (None, f"the stored mask {path} is empty")
 
     def stored(self, root: Path, name: str) -> Path | None:
         """Where an image's stored mask would lie."""
@@ -272,7 +302,7 @@ class _Looked(Dataset[tuple[_Entry, NDArray[np.uint8]]]):
 
     def stamp(self, name: str) -> str:
         try:
-            stamp = self.images.reader.stamp(name)
+            stamp = self.images.stamp(name)
         except OSError:
             stamp = "missing"
         path = self.contours.stored(self.images.root, name)

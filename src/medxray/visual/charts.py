@@ -1,12 +1,13 @@
 """Charts as inline SVG. Colours and type come from the page's style sheet and follow light and dark."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from typing import Any, TypeGuard
 
 import numpy as np
+from numpy.typing import NDArray
 
 from medxray.types import Score
 
@@ -53,16 +54,92 @@ def line_chart(title: str, series: Sequence[Series], x_label: str = "step") -> s
         return f'<figure class="chart">{head}<p class="quiet">no values yet</p></figure>'
     x_ticks = _ticks(min(x for x, _ in seen), max(x for x, _ in seen), whole=True)
     y_ticks = _ticks(min(y for _, y in seen), max(y for _, y in seen))
-    x_low, x_high = min(x_ticks[0], seen[0][0]), max(x_ticks[-1], *(x for x, _ in seen))
+    x_range = [min(x_ticks[0], seen[0][0]), max(x_ticks[-1], *(x for x, _ in seen))]
+    frame, place = _frame((x_ticks, y_ticks), x_label, x_range)
+    drawn = [frame]
+    for line in thinned:
+        drawn.append(_line([place(p) if math.isfinite(p[1]) else None for p in line.points], line.dotted))
+    label = f"{title} against {x_label}: {', '.join(s.name for s in series)}"
+    return _figure(head, label, "".join(drawn))
+
+
+def histogram(title: str, values: NDArray[Any], x_label: str, bins: int = 30) -> str:
+    """A figure with how many values lie in each of some equal steps; the last one takes the largest 0.5 % too.
+
+    Args:
+        values: (n,), n > 0.
+        bins: steps at most; whole numbers get whole steps.
+    """
+    whole = np.issubdtype(values.dtype, np.integer)
+    low, high = float(values.min()), max(float(np.quantile(values, 0.995)), float(values.min()))
+    step = (high - low) / bins or 1.0
+    if whole:
+        step = max(1.0, float(math.ceil(step)))
+    count = max(1, math.floor((high - low) / step) + 1)
+    places = np.minimum((values - low) / step, count - 1).astype(np.int64)
+    heights = np.bincount(places, minlength=count)
+    x_ticks, y_ticks = _ticks(low, low + count * step, whole), _ticks(0, int(heights.max()), whole=True)
+    frame, place = _frame((x_ticks, y_ticks), x_label)
+    bars = ""
+    for i, height in enumerate(heights.tolist()):
+        if height:
+            (left, top), (right, bottom) = place((low + i * step, height)), place((low + (i + 1) * step, 0))
+            ends = f"{low + i * step:g}" + (f" to {low + (i + 1) * step - whole:g}" if not whole or step > 1 else "")
+            ends += " and more" if i == count - 1 and values.max() >= low + count * step else ""
+            bars += (
+                f'<rect class="column" x="{left:.1f}" y="{top:.1f}" width="{max(right - left - 1, 0.8):.1f}" '
+                f'height="{bottom - top:.1f}"><title>{ends}: {height:,}</title></rect>'
+            )
+    median = f"median {np.median(values):.4g}"
+    return _figure(_titled(title, median), f"{title}: a histogram of {len(values):,} values, {median}", frame + bars)
+
+
+def density(title: str, points: NDArray[Any], x_label: str, y_label: str, note: str = "") -> str:
+    """A figure with a square where points (n, 2) lie, n > 0: the more of them, the larger."""
+    ticks = [_ticks(float(axis.min()), float(axis.max())) for axis in points.T]
+    size = 8
+    cells = (_WIDTH - _LEFT - _RIGHT) // size, (_HEIGHT - _TOP - _BOTTOM) // size
+    edges = [np.linspace(axis[0], axis[-1], count + 1) for axis, count in zip(ticks, cells, strict=True)]
+    counts, _, _ = np.histogram2d(points[:, 0], points[:, 1], bins=edges)
+    frame, place = _frame((ticks[0], ticks[1]), x_label)
+    frame += f'<text x="{_LEFT + 4}" y="{_TOP - 3}">{escape(y_label)}</text>'
+    squares = ""
+    for i, j in np.argwhere(counts).tolist():
+        x, y = place(((edges[0][i] + edges[0][i + 1]) / 2, (edges[1][j] + edges[1][j + 1]) / 2))
+        side = size * (0.4 + 0.6 * math.sqrt(counts[i, j] / counts.max()))
+        where = f"{edges[0][i]:.4g}–{edges[0][i + 1]:.4g}, {edges[1][j]:.4g}–{edges[1][j + 1]:.4g}"
+        squares += (
+            f'<rect class="column" x="{x - side / 2:.1f}" y="{y - side / 2:.1f}" width="{side:.1f}" height="{side:.1f}">'
+            f"<title>{where}: {int(counts[i, j]):,}</title></rect>"
+        )
+    label = f"{title}: {y_label} against {x_label} of {len(points):,} images"
+    return _figure(_titled(title, note), label, frame + squares)
+
+
+def _titled(title: str, note: str) -> str:
+    return f"<figcaption><b>{escape(title)}</b><i>{escape(note)}</i></figcaption>"
+
+
+def _figure(head: str, label: str, drawn: str) -> str:
+    opening = f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{escape(label)}">'
+    return f'<figure class="chart">{head}{opening}{drawn}</svg></figure>'
+
+
+def _frame(
+    ticks: tuple[Sequence[float], Sequence[float]], x_label: str, x_range: Sequence[float] = ()
+) -> tuple[str, Callable[[Point], Point]]:
+    """Grid and axis of a chart over `x_range`, by default the ticks', and where a point lies in it."""
+    x_ticks, y_ticks = ticks
+    left, right = x_range or (x_ticks[0], x_ticks[-1])
 
     def place(point: Point) -> Point:
-        across = (point[0] - x_low) / (x_high - x_low)
+        across = (point[0] - left) / (right - left)
         up = (point[1] - y_ticks[0]) / (y_ticks[-1] - y_ticks[0])
         return _LEFT + across * (_WIDTH - _LEFT - _RIGHT), _HEIGHT - _BOTTOM - up * (_HEIGHT - _TOP - _BOTTOM)
 
     drawn = []
     for tick, text in zip(y_ticks, _tick_labels(y_ticks), strict=True):
-        y = place((x_low, tick))[1]
+        y = place((left, tick))[1]
         drawn.append(f'<path class="grid" d="M{_LEFT} {y:.1f}H{_WIDTH - _RIGHT}"/>')
         drawn.append(f'<text x="{_LEFT - 7}" y="{y + 4:.1f}" text-anchor="end">{text}</text>')
     for tick, text in zip(x_ticks, _tick_labels(x_ticks), strict=True):
@@ -72,11 +149,7 @@ def line_chart(title: str, series: Sequence[Series], x_label: str = "step") -> s
     drawn.append(f'<path class="axis" d="M{_LEFT} {_HEIGHT - _BOTTOM}H{_WIDTH - _RIGHT}"/>')
     middle = (_LEFT + _WIDTH - _RIGHT) / 2
     drawn.append(f'<text x="{middle}" y="{_HEIGHT - 5}" text-anchor="middle">{escape(x_label)}</text>')
-    for line in thinned:
-        drawn.append(_line([place(p) if math.isfinite(p[1]) else None for p in line.points], line.dotted))
-    label = f"{title} against {x_label}: {', '.join(s.name for s in series)}"
-    opening = f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{escape(label)}">'
-    return f'<figure class="chart">{head}{opening}{"".join(drawn)}</svg></figure>'
+    return "".join(drawn), place
 
 
 def training_curves(log: Sequence[Mapping[str, Any]]) -> list[str]:

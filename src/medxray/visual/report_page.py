@@ -1,25 +1,18 @@
 """The page of a run folder: one HTML file that needs nothing beside it and no network."""
 
-import base64
-import io
 import math
 import os
 import re
-import tempfile
 from collections.abc import Mapping, Sequence
 from html import escape
-from importlib import resources
 from itertools import groupby
-from pathlib import Path
 from typing import Any
 
-import numpy as np
-from PIL import Image
-
-from medxray.types import MedxrayError, RunError, Score, Scores
+from medxray.types import Score, Scores
 from medxray.visual import ContextCard, StudyCard
 from medxray.visual.attention import ACROSS, EDGE, heat_sheet
 from medxray.visual.charts import bar, interval_strip, lower_is_better, number, training_curves
+from medxray.visual.page import TABLE, encoded, image_tag, write_page
 
 LARGEST, LARGEST_OF_MANY, THUMBNAIL = 256, 176, 80
 """Longest side in pixels of a study's one or two images, of more, and of a context image."""
@@ -27,8 +20,6 @@ LARGEST, LARGEST_OF_MANY, THUMBNAIL = 256, 176, 80
 _FLOORS = ("best constant", "most frequent", "nearest")
 _MAIN = ("finding-f1", "bleu-4", "auroc", "average-precision", "reconstruction-error")
 _SHARED_WORDS = 3
-_TABLE = '<div class="scroll"><table><thead><tr><th></th>{head}</tr></thead><tbody>{body}</tbody></table></div>'
-_CONTENT_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 
 def report_page(
@@ -67,45 +58,9 @@ def report_page(
         "Spec": f"<details><summary>The resolved spec</summary><pre>{escape(spec_yaml)}</pre></details>",
         "Run": "<dl>" + "".join(f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in facts.items()) + "</dl>",
     }
-    sections = {name: body for name, body in sections.items() if body and body != "<dl></dl>"}
-    links = "".join(f'<a href="#{name.lower()}">{name}</a>' for name in sections)
-    body = "".join(
-        f'<section id="{name.lower()}"><h2>{name}</h2>{content}</section>' for name, content in sections.items()
-    )
-    style = resources.files("medxray.visual").joinpath("report_page.css").read_text(encoding="utf-8")
-    style += _choices(max((len(study.prediction.split()) for study in studies if study.attention), default=0))
-    page = (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
-        f'<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f'<meta name="color-scheme" content="light dark">'
-        f'<meta http-equiv="Content-Security-Policy" content="{_CONTENT_POLICY}">'
-        f"<style>{style}</style></head><body>"
-        f"<header><h1>{escape(title)}</h1>{_verdict(scores)}<nav>{links}</nav></header>"
-        f"<main>{body}</main><footer>Research use only. Not a medical device.</footer></body></html>\n"
-    )
-    _write(Path(path), page)
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = ""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        with open(descriptor, "w", encoding="utf-8", errors="replace") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
-        os.replace(temporary, path)
-    except OSError as error:
-        if temporary:
-            Path(temporary).unlink(missing_ok=True)
-        reason = error.strerror or error
-        raise RunError(
-            f"{path}: expected to write the report page, found: {reason}; free space or choose another folder"
-        ) from error
+    sections["Run"] = "" if sections["Run"] == "<dl></dl>" else sections["Run"]
+    words = max((len(study.prediction.split()) for study in studies if study.attention), default=0)
+    write_page(path, title, _verdict(scores), sections, _choices(words))
 
 
 def _gain(metric: str, value: float, than: float) -> float:
@@ -200,7 +155,7 @@ def _table(scores: Scores, metrics: Sequence[str]) -> str:
         own = values is scores.scores
         cells = "".join(_cell(scores, row, m) for m in metrics)
         lines.append(f'<tr{" class=own" if own else ""}><th scope="row">{escape(row)}</th>{cells}</tr>')
-    return _TABLE.format(head=head, body="".join(lines))
+    return TABLE.format(head=head, body="".join(lines))
 
 
 def _label_table(scores: Scores, metrics: Sequence[str]) -> str:
@@ -209,7 +164,7 @@ def _label_table(scores: Scores, metrics: Sequence[str]) -> str:
     for metric in metrics:
         cells = "".join(_cell(scores, row, metric, of=metrics) for row in scores.rows)
         lines.append(f'<tr><th scope="row">{escape(metric.split("/", 1)[1])}</th>{cells}</tr>')
-    return _TABLE.format(head=head, body="".join(lines))
+    return TABLE.format(head=head, body="".join(lines))
 
 
 def _cell(scores: Scores, row: str, metric: str, of: Sequence[str] = ()) -> str:
@@ -256,7 +211,7 @@ def _study(study: StudyCard, place: int) -> str:
     captions = [*study.captions, *[""] * len(study.images)]
     heats = [*_heats(study), *[""] * len(study.images)]
     images = "".join(
-        f'<figure><div class="picture">{_image(image, largest, f"{study.study_id} {caption}".strip())}{heat}</div>'
+        f'<figure><div class="picture">{image_tag(image, largest, f"{study.study_id} {caption}".strip())}{heat}</div>'
         f"<figcaption>{escape(caption)}</figcaption></figure>"
         for image, caption, heat in zip(study.images, captions, heats, strict=False)
     )
@@ -290,7 +245,7 @@ def _heats(study: StudyCard) -> list[str]:
             f"--w:{100 * across / w:.3f}%;--h:{100 * down / h:.3f}%;--l:{100 * EDGE / w:.3f}%;--t:{100 * EDGE / h:.3f}%;"
             f"--rows:{rows}"
         )
-        data = _encoded(sheet)
+        data = encoded(sheet)
         sheets.append(f'<span class="heat" style="{style}"><img src="{data}" alt=""></span>')
     return sheets
 
@@ -356,7 +311,7 @@ def _context(context: Sequence[ContextCard]) -> str:
     for card in context:
         pool, name = escape(card.pool), escape(card.study_id)
         near = f" <b>{number(card.similarity)}</b>" if card.similarity is not None else ""
-        picture = _image(card.image, THUMBNAIL, card.study_id) if card.image is not None else "<span>no image</span>"
+        picture = image_tag(card.image, THUMBNAIL, card.study_id) if card.image is not None else "<span>no image</span>"
         thumbnails += (
             f'<figure class="{"normal" if card.pool == "normal" else "other"}" '
             f'title="{name}: {escape(card.report)}">{picture}<figcaption>{pool}{near}</figcaption></figure>'
@@ -371,25 +326,6 @@ def _context(context: Sequence[ContextCard]) -> str:
         f'<div class="thumbnails">{thumbnails}</div>'
         f"<details><summary>their reports</summary><ul>{lines}</ul></details></div>"
     )
-
-
-def _image(image: np.ndarray, largest: int, description: str) -> str:
-    if image.ndim != 2 or not image.size:
-        raise MedxrayError(f"{description}: expected an image of shape (H, W), found {image.shape}; pass one channel")
-    levels = np.nan_to_num(np.asarray(image, dtype=np.float32), nan=0.0, posinf=1.0, neginf=0.0).clip(0, 1)
-    picture = Image.fromarray((levels * 255).round().astype(np.uint8))
-    scale = largest / max(picture.size)
-    if scale < 1:
-        width, height = (max(1, round(side * scale)) for side in picture.size)
-        picture = picture.resize((width, height), Image.Resampling.LANCZOS)
-    width, height = picture.size
-    return f'<img src="{_encoded(picture)}" alt="{escape(description)}" width="{width}" height="{height}">'
-
-
-def _encoded(picture: Image.Image) -> str:
-    buffer = io.BytesIO()
-    picture.save(buffer, "PNG", optimize=picture.mode == "L")
-    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
 
 
 def _marked(text: str, other: str | None, kind: str) -> list[tuple[str, str]]:

@@ -5,8 +5,11 @@ import io
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from medxray.data.readers import Reader, frontal_first, read_text, split_of, view_of
+from medxray.data.readers.reports import chosen
+from medxray.data.text import sections
 from medxray.registry import nearest
 from medxray.types import DataError, Study
 
@@ -25,6 +28,12 @@ SPLITS = {
 
 VALUES = {"1": 1, "1.0": 1, "0": 0, "0.0": 0, "-1": -1, "-1.0": -1, "": None}
 """How tables write a label -> present, absent, uncertain, missing."""
+
+SEPARATORS = {"comma": ",", "semicolon": ";", "tab": "\t", "bar": "|"}
+"""What parts the cells of a row, by name."""
+
+LARGEST_CELL = 2**20
+"""Characters of a cell; more is an open quote."""
 
 NOT_LABELS = {"age", "sex", "indication", "comparison", "technique", "findings", "impression"}
 
@@ -68,45 +77,82 @@ class Table:
         return self.columns[column]
 
 
-def read_table(path: Path) -> Table:
-    """A comma-separated UTF-8 file with a header; quoted cells may span lines.
+def read_table(path: Path, separator: str | None = None) -> Table:
+    """A UTF-8 file with a header, plain or packed by gzip; quoted cells may span lines.
+
+    Args:
+        path: the file.
+        separator: what parts its cells; by default the comma or, where the header has none, the semicolon, tab or bar
+            that stands in it.
 
     Raises:
-        DataError: not UTF-8, no header, a name twice, or a row with more or fewer cells than the header.
+        DataError: not UTF-8 or damaged, no header, a name twice, an open quote, or a row with more or fewer cells than
+            the header.
     """
-    reader = csv.reader(io.StringIO(read_text(path), newline=""), strict=True)
+    text = read_text(path)
+    separator = separator or _separator(text)
+    # The limit is the module's own; the usual one is less than a long report.
+    csv.field_size_limit(LARGEST_CELL)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
     rows: list[list[str]] = []
     lines: list[int] = []
+    line = 1
     try:
-        header = next(reader, None)
-        if not header:
+        header = [name.strip() for name in next(reader, ())]
+        if not any(header):
             raise DataError(f"{path}: empty; expected a header line with the names of columns")
+        width = len(header)
         line = reader.line_num + 1
         for row in reader:
-            if row:
-                if len(row) != len(header):
-                    raise DataError(
-                        f"{path}, line {line}: {len(row)} cells; expected {len(header)} as in the header; "
-                        "quote cells that hold commas or line ends"
-                    )
+            if len(row) == width:
                 rows.append(row)
                 lines.append(line)
+            elif row and not (width > 1 and len(row) == 1 and not row[0].strip()):
+                raise DataError(
+                    f"{path}, line {line}: {len(row)} cells; expected {width} as in the header; "
+                    f"quote cells that hold {_name_of(separator)}s or line ends"
+                )
             line = reader.line_num + 1
     except csv.Error as error:
-        raise DataError(f"{path}, line {reader.line_num}: not a CSV row ({error}); mend the quotes") from None
-    twice = {name for name in header if header.count(name) > 1}
-    if twice:
-        raise DataError(f"{path}: column {sorted(twice)[0]!r} stands twice in the header; rename one")
-    cells = zip(*rows, strict=True) if rows else ([] for _ in header)
-    columns = {name.strip(): list(column) for name, column in zip(header, cells, strict=True)}
+        raise DataError(
+            f"{path}, line {line}: not a CSV row ({_trouble(str(error))}); mend the quotes of the row that begins there"
+        ) from None
+    columns = {name: [row[i] for row in rows] for i, name in enumerate(header)}
+    if len(columns) < width:
+        name = next(name for name in header if header.count(name) > 1)
+        # Spreadsheets leave empty columns at the right.
+        bare = [i for i, other in enumerate(header) if other == name]
+        if name or any(row[i].strip() for row in rows for i in bare):
+            what = f"column {name!r} stands twice in the header; rename one"
+            raise DataError(f"{path}: {what if name else f'columns {bare[0] + 1} and {bare[1] + 1} have no name; name them'}")
+        del columns[""]
     return Table(path, columns, lines)
+
+
+def _separator(text: str) -> str:
+    """That of the header: the comma, unless it has none and another."""
+    header = text[: text.find("\n") + 1 or len(text)]
+    counts = {mark: header.count(mark) for mark in SEPARATORS.values()}
+    return "," if counts[","] else max(counts, key=lambda mark: counts[mark])
+
+
+def _name_of(separator: str) -> str:
+    return next((name for name, mark in SEPARATORS.items() if mark == separator), "separator")
+
+
+def _trouble(message: str) -> str:
+    if "unexpected end" in message:
+        return "a quote is opened and never closed"
+    if "field limit" in message:
+        return f"a cell of more than {LARGEST_CELL} characters, as where a quote is not closed"
+    return message
 
 
 class CSV(Reader):
     """One row an image; rows of one study are grouped, in the order of their first row.
 
     Args:
-        file: the table, below root.
+        file: the table, below root; FILE.gz is taken where only that is there.
         path: column with image paths, relative to root.
         study: column with the study's name.
         patient: column with the patient's name; null if there is none.
@@ -119,6 +165,9 @@ class CSV(Reader):
         label_columns: columns with 1, 0, -1 (uncertain) or nothing; null takes every other column that holds
             nothing else.
         tags: column that lists the labels that are present, parted by "|" or ";"; all others are absent.
+        section: what to learn of reports that are whole texts with headings; findings, impression and indication
+            are then taken out of them too, unless they have columns.
+        separator: comma, semicolon, tab or bar; null takes that of the header.
     """
 
     def __init__(
@@ -135,9 +184,13 @@ class CSV(Reader):
         prior: str | None = "prior",
         label_columns: list[str] | None = None,
         tags: str | None = None,
+        section: Literal["findings", "impression", "findings+impression"] | None = None,
+        separator: Literal["comma", "semicolon", "tab", "bar"] | None = None,
     ) -> None:
         super().__init__(root)
-        self.table = file
+        self.listing = file
+        self.section = section
+        self.separator = SEPARATORS[separator] if separator else None
         self.path, self.study = path, study
         # A default name may be missing from the table; one that a spec states may not.
         self.optional = {
@@ -152,7 +205,7 @@ class CSV(Reader):
 
     def read(self) -> Iterable[Study]:
         """All studies of the table."""
-        return self.group(read_table(self.file(self.table)))
+        return self.group(read_table(self.table(self.listing), self.separator))
 
     def group(self, table: Table) -> list[Study]:
         """Rows -> studies.
@@ -161,9 +214,11 @@ class CSV(Reader):
             DataError: rows of one study that disagree, an image twice in a study, a path that leaves root, a
                 missing column, or a value that is no split or label.
         """
-        paths, names = table[self.path], table[self.study]
+        paths, names = table[self.path], [cell.strip() for cell in table[self.study]]
         patients, views, reports, splits, indications, priors = (self._column(table, role) for role in self.optional)
-        splits = splits if splits and any(splits) else None
+        # A space at the end of a name would make two patients of one.
+        patients = [cell.strip() for cell in patients] if patients else None
+        splits = splits if splits and any(map(str.strip, splits)) else None
         findings, impressions = table.columns.get("findings"), table.columns.get("impression")
         reports = reports or findings
         labels = self._labels(table)
@@ -181,11 +236,20 @@ class CSV(Reader):
             }.items()
             if cells
         }
+        if self.section and not reports:
+            raise DataError(
+                f"{table.path}: no column of reports to take the {self.section} from; name it in data.reader.report"
+            )
         blank = [""] * len(table)
         rows: dict[str, list[int]] = {}
-        for row, name in enumerate(names):
-            if not name.strip():
+        for row, (name, path) in enumerate(zip(names, paths, strict=True)):
+            if not name:
                 raise DataError(f"{table.where(row)}: column {self.study!r} is empty; give the study a name")
+            if not path.strip():
+                raise DataError(
+                    f"{table.where(row)}: image '' leads to nothing: column {self.path!r} is empty; name the image, or "
+                    "remove the row"
+                )
             rows.setdefault(name, []).append(row)
         studies = []
         for name, own in rows.items():
@@ -204,6 +268,10 @@ class CSV(Reader):
                     f"{table.where(row)}: image {paths[row]!r} stands twice in study {name!r}; remove a row"
                 )
             patient = (patients or blank)[first]
+            report, found = (reports or blank)[first], {}
+            if self.section:
+                found = sections(report)
+                report = chosen(found, self.section)
             images, shown = frontal_first(images, [view_of((views or blank)[row]) for row in own])
             studies.append(
                 Study(
@@ -211,12 +279,12 @@ class CSV(Reader):
                     patient_id=patient,
                     images=images,
                     views=shown,
-                    findings=(findings or blank)[first],
-                    impression=(impressions or blank)[first],
-                    report=(reports or blank)[first],
+                    findings=findings[first] if findings else found.get("findings", ""),
+                    impression=impressions[first] if impressions else found.get("impression", ""),
+                    report=report,
                     labels={label: values[first] for label, values in labels.items()},
                     split=_split(splits[first], table, first) if splits else split_of(patient or name),
-                    indication=(indications or blank)[first],
+                    indication=indications[first] if indications else found.get("indication", ""),
                     prior=(priors or blank)[first],
                 )
             )
@@ -239,7 +307,7 @@ class CSV(Reader):
         return {
             name: _values(table, name)
             for name, cells in table.columns.items()
-            if name not in taken and _looks_like_label(cells)
+            if name and name not in taken and _looks_like_label(cells)
         }
 
 

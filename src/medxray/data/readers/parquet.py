@@ -1,7 +1,7 @@
 """Parquet shards with images in a column, such as `datasets.Dataset.to_parquet` writes and the hub holds."""
 
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,16 +9,23 @@ from typing import Any
 import numpy as np
 import pyarrow as arrow
 import pyarrow.compute as compute
+from numpy.typing import NDArray
 from pyarrow import parquet
 
 from medxray.data.readers import Locality
-from medxray.data.readers.csv import VALUES
+from medxray.data.readers.csv import VALUES, Table, _values
 from medxray.data.readers.shards import IMAGE, Kept, Shards, words
 from medxray.registry import nearest
-from medxray.types import DataError, ImageError
+from medxray.types import DataError, ImageError, Study
 
 CACHE_BYTES = 2**29
 """Row groups that a process keeps; the last one always, however large."""
+
+MANIFEST, WORK = "manifest.json", ".prepare"
+"""What `medxray prepare` writes beside its shards when all are there, and its folder until then."""
+
+MASK_SIDE = 64
+"""A chest's mask is kept as so many shares of coverage a side, a byte each."""
 
 Cells = list[Any]
 
@@ -38,13 +45,16 @@ class _Shard:
     file: parquet.ParquetFile
     columns: list[_Column]
     starts: list[int]  # first row of each group, then the number of rows
+    masks: str | None = None  # the leaf of masks, where there is one
 
 
 class Parquet(Shards):
     """Parquet files with one row an image or, with lists or several columns of images, one row a study.
 
     A row group is read whole, and of it only the images: groups of some hundred rows are best. An image is
-    SHARD#ROW, or SHARD#ROW/N where a row has several. Classes of the datasets library become a label each.
+    SHARD#ROW, or SHARD#ROW/N where a row has several. Classes of the datasets library become a label each. Where a
+    column `labels` is a struct of bytes (int8), its fields are the labels, none left out. A column `masks`, as `medxray prepare
+    --masks` writes it, tells where the chest is in each image.
 
     Args:
         files: patterns of the files below root, such as "data/train-*.parquet".
@@ -83,7 +93,34 @@ class Parquet(Shards):
     ) -> None:
         super().__init__(root, files, study, patient, view, report, split, indication, prior, label_columns, tags)
         self.image = [image] if isinstance(image, str) else image
+        self._labelled: dict[str, None] = {}
         self._groups: Kept[arrow.ChunkedArray] = Kept(CACHE_BYTES)
+
+    def read(self) -> Iterable[Study]:
+        """All studies; images are not read.
+
+        Raises:
+            DataError: as of any shards; or `medxray prepare` has not finished these.
+        """
+        if (self.root / WORK).is_dir() and not (self.root / MANIFEST).is_file():
+            raise DataError(
+                f"{self.root}: `medxray prepare` has not finished these shards; give its command again to go on"
+            )
+        return super().read()
+
+    def _labels(self, table: Table) -> Mapping[str, list[int | None]]:
+        if self.tags is None and self.label_columns is None and self._labelled:
+            return {name: _values(table, name) for name in self._labelled}
+        return {name: values for name, values in super()._labels(table).items() if name != "burned_in"}
+
+    def group(self, table: Table) -> list[Study]:
+        """Rows -> studies, as of a table, and whether annotations are burned in where a column `burned_in` says."""
+        studies = super().group(table)
+        if cells := table.columns.get("burned_in"):
+            told = {name.strip(): cell for name, cell in zip(table[self.study], cells, strict=True)}
+            for study in studies:
+                study["burned_in"] = VALUES.get(told[study["study_id"]])
+        return studies
 
     def rows(self, shard: str) -> dict[str, list[str]]:
         """A shard's columns but those of images."""
@@ -150,7 +187,7 @@ class Parquet(Shards):
         starts = [0]
         for group in range(file.num_row_groups):
             starts.append(starts[-1] + file.metadata.row_group(group).num_rows)
-        found = [name for name in schema.names if _holds_images(schema.field(name).type)]
+        found = [n for n in schema.names if _holds_images(schema.field(n).type) and not _holds_masks(schema.field(n))]
         for name in self.image or ():
             if name not in schema.names:
                 raise DataError(
@@ -168,8 +205,9 @@ class Parquet(Shards):
                 "write the files' bytes into one and name it in data.reader.image"
             )
         leaves = [file.schema.column(i).path for i in range(len(file.schema))]
+        masks = next((leaf for leaf in leaves if _is_mask(schema, leaf)), None)
         columns = [_column(name, schema.field(name).type, leaves) for name in self.image or found]
-        return _Shard(file, columns, starts), 1
+        return _Shard(file, columns, starts, masks), 1
 
     def open(self, image: str) -> bytes:
         """The bytes of an image, from its row group."""
@@ -205,6 +243,27 @@ class Parquet(Shards):
             f"{self.root / image}: no bytes; expected those of an image file; leave the row out, or write it again "
             "with the image embedded"
         )
+
+    def mask(self, image: str) -> NDArray[np.float32] | None:
+        """The chest's coverage (64, 64) that lies beside an image."""
+        if "#" not in image:
+            return None
+        opened, place = self.shard(image)
+        if opened.masks is None:
+            return None
+        row, _, slot = place.partition("/")
+        group = bisect_right(opened.starts, int(row)) - 1
+        try:
+            column = self._kept(image.partition("#")[0], group, opened.masks)
+        except (arrow.ArrowException, OSError) as error:
+            raise ImageError(
+                f"{self.root / image}: row group {group} of the shard is damaged ({words(error)}); fetch it again"
+            ) from error
+        values = column[int(row) - opened.starts[group]].as_py() or []
+        value = values[int(slot or 0)] if int(slot or 0) < len(values) else None
+        if value is None or len(value) != MASK_SIDE**2:
+            return None
+        return np.frombuffer(value, np.uint8).reshape(MASK_SIDE, MASK_SIDE).astype(np.float32) / np.float32(255)
 
     def locality(self, images: Sequence[str]) -> Locality:
         """Row groups; as many at a time as are kept."""
@@ -280,6 +339,8 @@ class Parquet(Shards):
                 flat = column.combine_chunks()
                 for i, field in enumerate(column.type):
                     more[field.name] = _texts(compute.struct_field(flat, [i]))
+                    if name == "labels" and arrow.types.is_int8(field.type):
+                        self._labelled[field.name] = None
             else:
                 cells[name] = _texts(column)
         return {**more, **cells}
@@ -308,6 +369,15 @@ def _holds_images(kind: arrow.DataType) -> bool:
     if _is_list(kind):
         return not _is_list(kind.value_type) and _holds_images(kind.value_type)
     return arrow.types.is_binary(kind) or arrow.types.is_large_binary(kind)
+
+
+def _holds_masks(field: arrow.Field) -> bool:
+    return field.name == "masks" and _is_list(field.type) and arrow.types.is_binary(field.type.value_type)
+
+
+def _is_mask(schema: arrow.Schema, leaf: str) -> bool:
+    name = leaf.partition(".")[0]
+    return name in schema.names and _holds_masks(schema.field(name))
 
 
 def _is_plain(kind: arrow.DataType) -> bool:

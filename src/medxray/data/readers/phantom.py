@@ -42,4 +42,4 @@ class Phantom(CSV):
 
         generate(self.root, self.studies, self.size, self.seed, self.format)
         self.label_columns = list(FINDINGS)
-        return self.group(read_table(self.file(self.table)))
+        return self.group(read_table(self.file(self.listing)))

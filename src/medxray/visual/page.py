@@ -1,0 +1,104 @@
+"""A page: one HTML file that needs nothing beside it and no network, in light and dark."""
+
+import base64
+import io
+import os
+import tempfile
+from collections.abc import Mapping
+from html import escape
+from importlib import resources
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from medxray.types import MedxrayError, RunError
+
+TABLE = '<div class="scroll"><table><thead><tr><th></th>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+_CONTENT_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+
+
+def write_page(
+    path: str | os.PathLike[str], title: str, intro: str, sections: Mapping[str, str], styles: str = ""
+) -> None:
+    """Write a page; a file that is there is replaced only once the new one is complete.
+
+    Args:
+        path: the file to write; its folder is made when missing.
+        title: plain text.
+        intro: HTML below the title.
+        sections: heading -> HTML; empty ones are left out.
+        styles: rules beside those of all pages.
+
+    Raises:
+        RunError: the file cannot be written.
+    """
+    kept = {name: body for name, body in sections.items() if body}
+    links = "".join(f'<a href="#{_anchor(name)}">{name}</a>' for name in kept)
+    body = "".join(f'<section id="{_anchor(name)}"><h2>{name}</h2>{content}</section>' for name, content in kept.items())
+    page = (
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f'<meta name="color-scheme" content="light dark">'
+        f'<meta http-equiv="Content-Security-Policy" content="{_CONTENT_POLICY}">'
+        f"<style>{style('report_page.css')}{styles}</style></head><body>"
+        f"<header><h1>{escape(title)}</h1>{intro}<nav>{links}</nav></header>"
+        f"<main>{body}</main><footer>Research use only. Not a medical device.</footer></body></html>\n"
+    )
+    _write(Path(path), page)
+
+
+def style(name: str) -> str:
+    """A style sheet of this room."""
+    return resources.files("medxray.visual").joinpath(name).read_text(encoding="utf-8")
+
+
+def image_tag(image: np.ndarray, largest: int, description: str) -> str:
+    """An image (H, W) in [0, 1] as an element, its longer side at most `largest` pixels.
+
+    Raises:
+        MedxrayError: another shape.
+    """
+    if image.ndim != 2 or not image.size:
+        raise MedxrayError(f"{description}: expected an image of shape (H, W), found {image.shape}; pass one channel")
+    levels = np.nan_to_num(np.asarray(image, dtype=np.float32), nan=0.0, posinf=1.0, neginf=0.0).clip(0, 1)
+    picture = Image.fromarray((levels * 255).round().astype(np.uint8))
+    scale = largest / max(picture.size)
+    if scale < 1:
+        width, height = (max(1, round(side * scale)) for side in picture.size)
+        picture = picture.resize((width, height), Image.Resampling.LANCZOS)
+    width, height = picture.size
+    return f'<img src="{encoded(picture)}" alt="{escape(description)}" width="{width}" height="{height}">'
+
+
+def encoded(picture: Image.Image) -> str:
+    """A picture as an address that holds it."""
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG", optimize=picture.mode == "L")
+    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
+
+
+def _anchor(name: str) -> str:
+    return name.lower().replace(" ", "-")
+
+
+def _write(path: Path, text: str) -> None:
+    temporary = ""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        with open(descriptor, "w", encoding="utf-8", errors="replace") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)
+        os.replace(temporary, path)
+    except OSError as error:
+        if temporary:
+            Path(temporary).unlink(missing_ok=True)
+        reason = error.strerror or error
+        raise RunError(
+            f"{path}: expected to write the report page, found: {reason}; free space or choose another folder"
+        ) from error
