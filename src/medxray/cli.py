@@ -1,6 +1,7 @@
 """The command line: parses, calls the library, prints. A mistake in what was given exits with 2 and one message."""
 
 import contextlib
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -260,9 +261,13 @@ def prepare(
     bits: Annotated[str, typer.Option(help="auto, 8 or 16 of a pixel; auto takes 16 where the source is deeper")] = "auto",
     shard: Annotated[int, typer.Option(help="studies of a shard")] = 256,
     masks: Annotated[bool, typer.Option("--masks", help="keep where the chest is beside each image")] = False,
-    workers: Annotated[Optional[int], typer.Option(help="processes; one a core by default")] = None,
+    workers: Annotated[
+        Optional[str],
+        typer.Option(help="processes, one a core by default; or ray, for a Ray cluster", metavar="NUMBER|ray"),
+    ] = None,
     ray: Annotated[
-        Optional[str], typer.Option(help="of a Ray cluster that does the work, or local", metavar="ADDRESS")
+        Optional[str],
+        typer.Option(help="of the cluster, or local; with --workers ray, RAY_ADDRESS or local by default", metavar="ADDRESS"),
     ] = None,
     verify: Annotated[
         Optional[Path], typer.Option(help="check shards against their manifest; makes none", metavar="FOLDER")
@@ -275,6 +280,7 @@ def prepare(
     Examples:
       medxray prepare dicom-folder shards reader.root=FOLDER --size 1280
       medxray prepare r2gen-mimic-cxr shards data.reader.root=FOLDER --workers 8
+      medxray prepare r2gen-mimic-cxr shards data.reader.root=FOLDER --workers ray
       medxray prepare --verify shards
     """
     with _mistakes():
@@ -290,6 +296,10 @@ def prepare(
             raise SpecError("expected a reader or spec, then the folder that gets the shards: medxray prepare READER FOLDER")
         if bits not in ("auto", "8", "16"):
             raise SpecError(f"--bits: expected auto, 8 or 16, found {bits!r}")
+        if workers == "ray":
+            ray, workers = ray or os.environ.get("RAY_ADDRESS") or "local", None
+        if workers is not None and not (workers.isdecimal() and int(workers)):
+            raise SpecError(f"--workers: expected a number of processes, or ray, found {workers!r}")
         settings, whole = list(settings or []), size == "full"
         named = _sides(None if whole else size, "--size")
         settings += [f"image_size={named}"] if named else []
@@ -306,11 +316,11 @@ def prepare(
             finder = Contours(spec.segmenter if isinstance(spec.segmenter, SegmenterSettings) else usual)  # type: ignore[arg-type]
         found = write_shards(
             spec.data, out, full=whole, bits=bits, studies=shard, masks=finder,  # type: ignore[arg-type]
-            workers=workers, ray=ray, progress=not quiet,
+            workers=int(workers) if workers else None, ray=ray, progress=not quiet,
         )  # fmt: skip
         _print(f"written: {out}: {_amounts(found)}")
         for one in found["skipped"][:5]:
-            _print(f"  skipped {one['study']} {one['file']}: {one['reason']}")
+            _print(f"  skipped {' '.join(filter(None, (one['study'], one['file'])))}: {one['reason']}".replace(" : ", ": "))
         if len(found["skipped"]) > 5:
             _print(f"  and {len(found['skipped']) - 5} more, in {out / 'manifest.json'}")
 

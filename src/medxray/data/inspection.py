@@ -267,7 +267,9 @@ def reader_of(folder: Path) -> str:
             break
         try:
             reader = READERS.build(READERS.settings_of(name).model_validate({"name": name, "root": str(folder)}), folder)
-            if name != "phantom" and next(iter(reader.read()), None) is not None:
+            first = next(iter(reader.read()), None) if name != "phantom" else None
+            # A reader of any table sees studies in one that is meant otherwise, but not their images.
+            if first is not None and all(reader.exists(image) for image in first["images"]):
                 found.append(name)
         except (MedxrayError, ValidationError):
             continue

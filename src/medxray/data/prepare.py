@@ -353,8 +353,10 @@ def _compare(out: Path, earlier: Record, plan: Record) -> None:
     differing = []
     for key in ("made_by", "settings"):
         old, new = _flat(earlier.get(key)), _flat(plan[key])
+        # Another reader has other settings; that they differ tells nothing more.
+        other = old.get("reader.name") != new.get("reader.name")
         for name in dict.fromkeys([*old, *new]):
-            if old.get(name) != new.get(name):
+            if old.get(name) != new.get(name) and not (other and name.startswith("reader.") and name != "reader.name"):
                 differing.append(f"{name} was {_shown(old.get(name))} and is {_shown(new.get(name))}")
     if earlier.get("labels") != plan["labels"]:
         differing.append(f"labels were {_shown(earlier.get('labels'))} and are {_shown(plan['labels'])}")
@@ -364,10 +366,10 @@ def _compare(out: Path, earlier: Record, plan: Record) -> None:
         if counts[0] != counts[1]:
             differing.append(f"the data set had {counts[0]} studies and has {counts[1]}")
         else:
-            other = [name for name in new_shards if old_shards.get(name) != new_shards[name]]
+            changed = [name for name in new_shards if old_shards.get(name) != new_shards[name]]
             differing.append(
-                f"studies, names of images, texts or labels are others in {len(other)} of {len(new_shards)} shards "
-                f"(first in {other[0] if other else 'one that is gone'})"
+                f"studies, names of images, texts or labels are others in {len(changed)} of {len(new_shards)} shards "
+                f"(first in {changed[0] if changed else 'one that is gone'})"
             )
     if differing:
         raise DataError(
