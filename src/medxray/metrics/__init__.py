@@ -1,15 +1,22 @@
 """Predictions and references -> scores. A metric is a sum of per-study statistics and a formula over the sum,
 so that a subset or a resample costs nothing."""
 
+import importlib
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import datasets
 import evaluate
 import numpy as np
 
 from medxray.registry import Registry
+
+if TYPE_CHECKING:
+    from medxray.metrics.clinical import label_reports, read_report
+    from medxray.metrics.findings import per_finding
+
+__all__ = ["METRICS", "Metric", "StudyMean", "get", "label_reports", "names", "per_finding", "read_report", "register"]
 
 
 class Metric(evaluate.Metric):
@@ -71,6 +78,8 @@ METRICS: Registry[Metric] = Registry(
         "rouge-l": "medxray.metrics.text:RougeL",
         "cider": "medxray.metrics.text:Cider",
         "finding-f1": "medxray.metrics.findings:FindingF1",
+        "clinical": "medxray.metrics.findings:Clinical",
+        "chexbert": "medxray.metrics.chexbert:Chexbert",
         "auroc": "medxray.metrics.classification:AUROC",
         "average-precision": "medxray.metrics.classification:AveragePrecision",
         "reconstruction": "medxray.metrics.reconstruction:ReconstructionError",
@@ -78,3 +87,12 @@ METRICS: Registry[Metric] = Registry(
     group="medxray.metrics",
 )
 register, get, names = METRICS.register, METRICS.get, METRICS.names
+
+_PLACES = {"label_reports": "clinical", "read_report": "clinical", "per_finding": "findings"}
+
+
+def __getattr__(name: str) -> Any:
+    # The rules are compiled when they are first used.
+    if name not in _PLACES:
+        raise AttributeError(f"module 'medxray.metrics' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"medxray.metrics.{_PLACES[name]}"), name)

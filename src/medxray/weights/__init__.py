@@ -29,7 +29,7 @@ from medxray.weights.families import Told, from_hub, one_list_of_blocks, told_by
 SHOWN = 5
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # Where a file holds a model and its moving average, or a student and its teacher, each project evaluates the named one.
-WRAPPERS = ("model", "state_dict", "teacher", "student", "module", "model_ema")
+WRAPPERS = ("model", "state_dict", "model_state_dict", "teacher", "student", "module", "model_ema")
 PREFIXES = ("module.", "backbone.", "_orig_mod.")
 # Parts of public checkpoints that an encoder does not have: MAE's decoder, classifiers, heads of self-supervision,
 # other projects' extras.
