@@ -25,6 +25,7 @@ from pydicom.uid import (
     RLELossless,
 )
 
+from medxray.data.dicom_headers import Header
 from medxray.data.images import EXPECTED, ImageHeader, check_size, codestream, gray, in_words, white_of
 from medxray.types import ImageError
 
@@ -38,7 +39,10 @@ _IMAGE = (
     "BluePaletteColorLookupTableData",
 )  # fmt: skip
 _PIXELS = ("PixelData", "ExtendedOffsetTable", "ExtendedOffsetTableLengths")
-_ABOUT = ("Manufacturer", "ViewPosition", "ViewCodeSequence", "BurnedInAnnotation")
+_ABOUT = (
+    "Manufacturer", "ViewPosition", "ViewCodeSequence", "SeriesDescription", "ProtocolName", "PatientOrientation",
+    "SpecificCharacterSet", "BurnedInAnnotation",
+)  # fmt: skip
 _GRAY = ("MONOCHROME1", "MONOCHROME2")
 _OTHERS = ("HSV", "ARGB", "CMYK", "YBR_PARTIAL_420", "YBR_PARTIAL_422")
 _COLOURS = ("RGB", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT")
@@ -92,7 +96,7 @@ def read_header(file: BinaryIO, name: str, max_pixels: int) -> ImageHeader:
             format="DICOM",
             photometric=_photometric(data, name),
             manufacturer=str(data.get("Manufacturer") or "").strip(),
-            view=_view(data),
+            view=Header(data).view(),
             burned_in={"YES": True, "NO": False}.get(burned),
             frames=_integer(data, "NumberOfFrames", name, 1, 2**31, missing=1),
         )
@@ -200,17 +204,6 @@ def _without_pixels(data: pydicom.FileDataset, name: str, content: bytes = b"") 
     return ImageError(
         f"{name}: DICOM without pixel data (SOP class {known}); expected {EXPECTED}; leave it out or fetch the file again"
     )
-
-
-def _view(data: pydicom.FileDataset) -> str:
-    from medxray.data.readers import view_of
-
-    view = view_of(str(data.get("ViewPosition") or ""))
-    if view == "unknown" and data.get("ViewCodeSequence"):
-        meaning = str(data.ViewCodeSequence[0].get("CodeMeaning") or "").lower().replace("-", "").replace(" ", "")
-        known = {"posteroanterior": "PA", "anteroposterior": "AP", "lateral": "LL"}
-        view = known.get(meaning.removeprefix("left").removeprefix("right"), "unknown")
-    return view
 
 
 # Attributes

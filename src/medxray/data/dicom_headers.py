@@ -117,10 +117,12 @@ class Header:
         return "", ""
 
     def view(self) -> str:
-        """PA, AP, LL or unknown: by View Position, the code of the view, descriptions of series and protocol, and last
-        Patient Orientation, which tells a lateral view from a frontal one."""
+        """PA, AP, LL or unknown: by View Position, the code of the view or its meaning, descriptions of series and protocol,
+        and last Patient Orientation, which tells a lateral view from a frontal one."""
+        meaning = next((item["meaning"] for item in self.items("views")), "").replace("-", "")
         for found in (
-            _view(self["view"]), _VIEW_CODES.get(self.code("views")), _view(self["series"]), _view(self["protocol"])
+            _view(self["view"]), _VIEW_CODES.get(self.code("views")), _view(meaning), _view(self["series"]),
+            _view(self["protocol"]),
         ):  # fmt: skip
             if found:
                 return found
