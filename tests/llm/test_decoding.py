@@ -250,6 +250,14 @@ def small_decoder(tmp_path: Path, prompt: str = "bare") -> Any:
     return decoder
 
 
+@pytest.mark.parametrize("rule", ["transformers", "r2gen"])
+def test_more_beams_than_tokens_are_refused(rule: Any) -> None:
+    llm, prefix = tiny("llama"), prefixes(2)
+    assert len(written(llm, prefix, GenerationSpec(beams=K, max_new_tokens=3, rule=rule))) == 2
+    with pytest.raises(RunError, match=f"generation.beams: {K + 1} .* vocabulary of {K} tokens; lower it"):
+        written(llm, prefix, GenerationSpec(beams=K + 1, max_new_tokens=3, rule=rule))
+
+
 def test_reports_of_a_decoder(tmp_path: Path) -> None:
     decoder = small_decoder(tmp_path)
     visual = torch.randn(5, 4, D, generator=torch.Generator().manual_seed(0))

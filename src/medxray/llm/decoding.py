@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from medxray.types import RunError
+
 if TYPE_CHECKING:
     from medxray.spec import GenerationSpec
 
@@ -108,9 +110,17 @@ def decode(writer: Writer, generation: GenerationSpec, eos: int, seeds: Sequence
         generation: how.
         eos: the token that ends a text.
         seeds: one a study, for sampling.
+
+    Raises:
+        RunError: more beams than the vocabulary has tokens.
     """
     with torch.no_grad():
         logits = writer.start()
+        if generation.beams > logits.shape[-1]:
+            raise RunError(
+                f"generation.beams: {generation.beams} texts cannot begin differently with a vocabulary of {logits.shape[-1]} "
+                "tokens; lower it"
+            )
         beams = R2GenBeamSearch if generation.rule == "r2gen" else BeamSearch
         search = beams if generation.beams > 1 else SingleSearch
         chooser = search(len(logits), generation, eos, logits.device, seeds)
