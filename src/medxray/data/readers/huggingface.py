@@ -16,14 +16,14 @@ from medxray.data.readers import Locality, Reader, read_text
 from medxray.data.readers.csv import SPLITS
 from medxray.data.readers.parquet import (
     Cells,
+    Column,
     Parquet,
-    _classes,
-    _Column,
-    _features,
-    _holds_images,
-    _holds_masks,
-    _is_list,
-    _Shard,
+    Shard,
+    classes_of,
+    features_told,
+    holds_images,
+    holds_masks,
+    is_list,
 )
 from medxray.data.readers.shards import IMAGE, OPEN_SHARDS, Kept, words
 from medxray.registry import nearest
@@ -124,7 +124,7 @@ class HuggingFace(Parquet):
         self._metadata: dict[str, dict[bytes, bytes]] = {}  # and what it tells of their columns
         self._named: dict[str, str] = {}  # shard -> train, val or test
         self._shards: set[str] = set()
-        self._tables: Kept[_Shard] = Kept(OPEN_SHARDS)
+        self._tables: Kept[Shard] = Kept(OPEN_SHARDS)
 
     def rows(self, shard: str) -> dict[str, list[str]]:
         """A shard's columns but those of images, whose names they hold: paths where they are files."""
@@ -160,7 +160,7 @@ class HuggingFace(Parquet):
         self._shards = set(shards)
         return shards
 
-    def opened(self, shard: str) -> tuple[_Shard, int]:
+    def opened(self, shard: str) -> tuple[Shard, int]:
         """A shard's rows and columns of images."""
         return self._tables.get(shard, lambda: self._open(shard)), 1
 
@@ -169,7 +169,7 @@ class HuggingFace(Parquet):
         super().forget()
         self._tables = Kept(OPEN_SHARDS)
 
-    def _open(self, shard: str) -> tuple[_Shard, int]:
+    def _open(self, shard: str) -> tuple[Shard, int]:
         path = self.root / shard
         if shard in self._prepared:
             parts = [_mapped(Path(file)) for file in self._prepared[shard]]
@@ -182,13 +182,13 @@ class HuggingFace(Parquet):
             table = _mapped(path) if shard.endswith(".arrow") else _json(path)
         images = self._images(path, table.schema)
         for name in images:
-            if not _holds_images(table.schema.field(name).type):
+            if not holds_images(table.schema.field(name).type):
                 index = table.schema.get_field_index(name)
                 table = table.set_column(index, name, _as_images(table.column(name)))
         file = _Table(table)
         starts = [0, *np.cumsum([batch.num_rows for batch in file.batches]).tolist()]
-        columns = [_Column(name, name, name, _is_list(table.schema.field(name).type)) for name in images]
-        return _Shard(file, columns, starts), 1
+        columns = [Column(name, name, name, is_list(table.schema.field(name).type)) for name in images]
+        return Shard(file, columns, starts), 1
 
     def open(self, image: str) -> Path | bytes:  # type: ignore[override]
         """The bytes of an image, or its file."""
@@ -350,7 +350,7 @@ class HuggingFace(Parquet):
             file = parquet.ParquetFile(path, pre_buffer=False)
             schema = file.schema_arrow
             images = self._images(path, schema)
-            if any(_holds_images(schema.field(name).type) and not _all_null(file, name) for name in images):
+            if any(holds_images(schema.field(name).type) and not _all_null(file, name) for name in images):
                 return None
             return file.read(use_threads=False)
         except (arrow.ArrowException, OSError) as error:
@@ -367,12 +367,12 @@ class HuggingFace(Parquet):
                     f"{path}: no column {name!r}{nearest(name, types)} (found: {', '.join(types)}); "
                     "name the right one in data.reader.image"
                 )
-            if not (_holds_images(types[name]) or _holds_texts(types[name])):
+            if not (holds_images(types[name]) or _holds_texts(types[name])):
                 raise DataError(
                     f"{path}: column {name!r} holds {types[name]}; expected images, bytes, paths, or lists of those; "
                     "name another in data.reader.image"
                 )
-        found = self.image or [field.name for field in schema if _holds_images(field.type) and not _holds_masks(field)]
+        found = self.image or [field.name for field in schema if holds_images(field.type) and not holds_masks(field)]
         found = found or [name for name in PATHS if name in types and _holds_texts(types[name])][:1]
         if not found:
             raise DataError(
@@ -381,7 +381,7 @@ class HuggingFace(Parquet):
             )
         return found
 
-    def _counts(self, shard: str, opened: _Shard, column: _Column) -> NDArray[Any]:
+    def _counts(self, shard: str, opened: Shard, column: Column) -> NDArray[Any]:
         """Images of each row (n,): 0 or 1, or the length of its list."""
         if not isinstance(opened.file, _Table):
             return super()._counts(shard, opened, column)
@@ -396,12 +396,12 @@ class HuggingFace(Parquet):
             counts = compute.is_valid(values)
         return counts.to_numpy().astype(np.int64)  # type: ignore[no-any-return]
 
-    def _cells(self, shard: str, opened: _Shard) -> dict[str, Cells]:
+    def _cells(self, shard: str, opened: Shard) -> dict[str, Cells]:
         """Column -> cells; columns of classes such as "absent" and "present" hold 0 and 1."""
         cells = super()._cells(shard, opened)
         schema = opened.file.schema_arrow
-        for name, feature in _features(schema).items():
-            classes = _classes(feature)
+        for name, feature in features_told(schema).items():
+            classes = classes_of(feature)
             if name not in cells or not classes or not {one.lower() for one in classes} <= set(PRESENCE):
                 continue
             for one in set(classes) - set(schema.names):
@@ -482,11 +482,11 @@ def _embedded(part: Any) -> Any:
 
     table = part.data.table
     for field in table.schema:
-        kind = field.type.value_type if _is_list(field.type) else field.type
-        if not (arrow.types.is_struct(kind) and _holds_images(field.type)):
+        kind = field.type.value_type if is_list(field.type) else field.type
+        if not (arrow.types.is_struct(kind) and holds_images(field.type)):
             continue
         values = table.column(field.name)
-        values = compute.list_flatten(values) if _is_list(field.type) else values
+        values = compute.list_flatten(values) if is_list(field.type) else values
         if compute.struct_field(values, "bytes").null_count > values.null_count:
             arrows = part.with_format("arrow")
             return arrows.map(embed_table_storage, batched=True, batch_size=100, writer_batch_size=100)
@@ -500,7 +500,7 @@ def _as_images(column: arrow.ChunkedArray) -> arrow.Array:
         return {"bytes": None, "path": path} if path else None
 
     values = column.to_pylist()
-    if _is_list(column.type):
+    if is_list(column.type):
         return arrow.array(
             [None if row is None else [one(path) for path in row if path] for row in values], arrow.list_(_STRUCT)
         )
@@ -509,7 +509,7 @@ def _as_images(column: arrow.ChunkedArray) -> arrow.Array:
 
 def _lack_bytes(column: arrow.ChunkedArray) -> bool:
     """Whether some image of a column is known by its path alone."""
-    flat = compute.list_flatten(column) if _is_list(column.type) else column
+    flat = compute.list_flatten(column) if is_list(column.type) else column
     if not arrow.types.is_struct(flat.type) or flat.type.get_field_index("path") < 0:
         return False
     return compute.struct_field(flat, "bytes").null_count > flat.null_count
@@ -517,7 +517,7 @@ def _lack_bytes(column: arrow.ChunkedArray) -> bool:
 
 def _paths(column: arrow.ChunkedArray) -> list[Any]:
     """For each row the path of an image without bytes, else None; or a list of those."""
-    many = _is_list(column.type)
+    many = is_list(column.type)
     flat = compute.list_flatten(column) if many else column
     own = [None] * len(flat)
     if _lack_bytes(column):
@@ -540,7 +540,7 @@ def _path_of(image: str, paths: list[list[Any]]) -> str | None:
 
 
 def _holds_texts(kind: arrow.DataType) -> bool:
-    kind = kind.value_type if _is_list(kind) else kind
+    kind = kind.value_type if is_list(kind) else kind
     return arrow.types.is_string(kind) or arrow.types.is_large_string(kind)
 
 

@@ -31,7 +31,7 @@ Cells = list[Any]
 
 
 @dataclass
-class _Column:
+class Column:
     """A column of images: its name, its leaf of bytes, a leaf that tells how many there are, whether a row is a list."""
 
     name: str
@@ -41,9 +41,11 @@ class _Column:
 
 
 @dataclass
-class _Shard:
+class Shard:
+    """An opened file, and where its images lie."""
+
     file: parquet.ParquetFile
-    columns: list[_Column]
+    columns: list[Column]
     starts: list[int]  # first row of each group, then the number of rows
     masks: str | None = None  # the leaf of masks, where there is one
 
@@ -174,7 +176,7 @@ class Parquet(Shards):
             spread[self.study] = [self._sample(f"{shard}#{row}") for row in rows]
         return {IMAGE: names, **{name: _joined(column) for name, column in spread.items()}}
 
-    def opened(self, shard: str) -> tuple[_Shard, int]:
+    def opened(self, shard: str) -> tuple[Shard, int]:
         """A shard's footer and columns of images."""
         path = self.root / shard
         try:
@@ -187,7 +189,7 @@ class Parquet(Shards):
         starts = [0]
         for group in range(file.num_row_groups):
             starts.append(starts[-1] + file.metadata.row_group(group).num_rows)
-        found = [n for n in schema.names if _holds_images(schema.field(n).type) and not _holds_masks(schema.field(n))]
+        found = [n for n in schema.names if holds_images(schema.field(n).type) and not holds_masks(schema.field(n))]
         for name in self.image or ():
             if name not in schema.names:
                 raise DataError(
@@ -207,7 +209,7 @@ class Parquet(Shards):
         leaves = [file.schema.column(i).path for i in range(len(file.schema))]
         masks = next((leaf for leaf in leaves if _is_mask(schema, leaf)), None)
         columns = [_column(name, schema.field(name).type, leaves) for name in self.image or found]
-        return _Shard(file, columns, starts, masks), 1
+        return Shard(file, columns, starts, masks), 1
 
     def open(self, image: str) -> bytes:
         """The bytes of an image, from its row group."""
@@ -299,7 +301,7 @@ class Parquet(Shards):
         # One thread: loading processes are many, and pools of threads do not survive a fork.
         return opened.file.read_row_group(group, columns=[leaf], use_threads=False).column(0)
 
-    def _counts(self, shard: str, opened: _Shard, column: _Column) -> np.ndarray[Any, Any]:
+    def _counts(self, shard: str, opened: Shard, column: Column) -> np.ndarray[Any, Any]:
         """Images of each row (n,): 0 or 1, or the length of its list."""
         n = opened.starts[-1]
         if not column.many and _no_nulls(opened.file, column.leaf):
@@ -315,11 +317,11 @@ class Parquet(Shards):
                 counts.append(values.is_valid().to_numpy(zero_copy_only=False))
         return np.concatenate(counts).astype(np.int64)
 
-    def _cells(self, shard: str, opened: _Shard) -> dict[str, Cells]:
+    def _cells(self, shard: str, opened: Shard) -> dict[str, Cells]:
         """Column -> cells as a table holds them; lists stay lists."""
         schema, images = opened.file.schema_arrow, {column.name for column in opened.columns}
-        known = _features(schema)
-        wanted = [f.name for f in schema if f.name not in images and not _holds_images(f.type) and _is_plain(f.type)]
+        known = features_told(schema)
+        wanted = [f.name for f in schema if f.name not in images and not holds_images(f.type) and _is_plain(f.type)]
         columns: dict[str, list[Any]] = {name: [] for name in wanted}
         if wanted:
             for batch in self._batches(shard, opened.file, wanted):
@@ -330,7 +332,7 @@ class Parquet(Shards):
         more: dict[str, Cells] = {}
         for name in wanted:
             column = arrow.chunked_array(columns[name], schema.field(name).type)
-            classes = _classes(known.get(name))
+            classes = classes_of(known.get(name))
             if classes is not None:
                 column = arrow.chunked_array([arrow.array(_named(column.to_pylist(), classes))])
                 if name not in roles and not set(classes) <= set(VALUES):
@@ -363,27 +365,29 @@ def _bytes(file: parquet.ParquetFile, leaves: list[str]) -> list[int]:
     return sizes
 
 
-def _holds_images(kind: arrow.DataType) -> bool:
+def holds_images(kind: arrow.DataType) -> bool:
+    """Whether a column of this kind may hold images: bytes, a struct with bytes, or lists of those."""
     if arrow.types.is_struct(kind):
-        return kind.get_field_index("bytes") >= 0 and _holds_images(kind.field("bytes").type)
-    if _is_list(kind):
-        return not _is_list(kind.value_type) and _holds_images(kind.value_type)
+        return kind.get_field_index("bytes") >= 0 and holds_images(kind.field("bytes").type)
+    if is_list(kind):
+        return not is_list(kind.value_type) and holds_images(kind.value_type)
     return arrow.types.is_binary(kind) or arrow.types.is_large_binary(kind)
 
 
-def _holds_masks(field: arrow.Field) -> bool:
-    return field.name == "masks" and _is_list(field.type) and arrow.types.is_binary(field.type.value_type)
+def holds_masks(field: arrow.Field) -> bool:
+    """Whether a column holds the chest's masks of prepared shards."""
+    return field.name == "masks" and is_list(field.type) and arrow.types.is_binary(field.type.value_type)
 
 
 def _is_mask(schema: arrow.Schema, leaf: str) -> bool:
     name = leaf.partition(".")[0]
-    return name in schema.names and _holds_masks(schema.field(name))
+    return name in schema.names and holds_masks(schema.field(name))
 
 
 def _is_plain(kind: arrow.DataType) -> bool:
     """Whether a column can hold names, texts or labels."""
     types = arrow.types
-    if _is_list(kind):
+    if is_list(kind):
         return types.is_string(kind.value_type) or types.is_large_string(kind.value_type) or (
             types.is_integer(kind.value_type)
         )
@@ -400,15 +404,16 @@ def _is_plain(kind: arrow.DataType) -> bool:
     )
 
 
-def _is_list(kind: arrow.DataType) -> bool:
+def is_list(kind: arrow.DataType) -> bool:
+    """Whether a kind is any of the lists."""
     return arrow.types.is_list(kind) or arrow.types.is_large_list(kind) or arrow.types.is_fixed_size_list(kind)
 
 
-def _column(name: str, kind: arrow.DataType, leaves: list[str]) -> _Column:
+def _column(name: str, kind: arrow.DataType, leaves: list[str]) -> Column:
     own = [leaf for leaf in leaves if leaf == name or leaf.startswith(f"{name}.")]
     leaf = next((leaf for leaf in own if leaf.endswith(".bytes")), own[0])
     light = next((leaf for leaf in own if leaf.endswith(".path")), leaf)
-    return _Column(name, leaf, light, _is_list(kind))
+    return Column(name, leaf, light, is_list(kind))
 
 
 def _no_nulls(file: parquet.ParquetFile, leaf: str) -> bool:
@@ -423,7 +428,7 @@ def _no_nulls(file: parquet.ParquetFile, leaf: str) -> bool:
     return True
 
 
-def _features(schema: arrow.Schema) -> dict[str, Any]:
+def features_told(schema: arrow.Schema) -> dict[str, Any]:
     """What the datasets library has written of each column."""
     if b"huggingface" not in (schema.metadata or {}):
         return {}
@@ -435,7 +440,8 @@ def _features(schema: arrow.Schema) -> dict[str, Any]:
         return {}
 
 
-def _classes(feature: Any) -> list[str] | None:
+def classes_of(feature: Any) -> list[str] | None:
+    """Names of classes that the datasets library gives a column; None where it gives none."""
     feature = getattr(feature, "feature", feature)
     names = getattr(feature, "names", None)
     return list(names) if isinstance(names, list) else None
@@ -457,7 +463,7 @@ def _one_each(values: list[Any], classes: list[str]) -> dict[str, Cells]:
 
 def _texts(column: arrow.ChunkedArray | arrow.Array) -> Cells:
     types, kind = arrow.types, column.type
-    if _is_list(kind):
+    if is_list(kind):
         return [["" if one is None else str(one) for one in value or ()] for value in column.to_pylist()]
     if types.is_dictionary(kind):
         column = column.cast(kind.value_type)
