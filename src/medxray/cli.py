@@ -82,6 +82,39 @@ def evaluate(
 
 
 @app.command()
+def score(
+    file: Annotated[Path, typer.Argument(help="a CSV table with a row a study", metavar="TABLE")],
+    prediction: Annotated[str, typer.Option(help="column of generated reports", metavar="COLUMN")],
+    reference: Annotated[str, typer.Option(help="column of the reports that people wrote", metavar="COLUMN")],
+    metrics: Annotated[str, typer.Option(help="names, parted by commas")] = "bleu,rouge-l,cider",
+    patient: Annotated[
+        Optional[str], typer.Option(help="column of patients, by whom intervals draw; patient_id if there", metavar="COLUMN")
+    ] = None,
+    study: Annotated[
+        Optional[str], typer.Option(help="column of studies, each of which comes once; study_id if there", metavar="COLUMN")
+    ] = None,
+    intervals: Annotated[bool, typer.Option(help="95 % ones, by a bootstrap over patients")] = True,
+    out: Annotated[Optional[Path], typer.Option(help="write scores.json there")] = None,
+) -> None:
+    """Score reports of any model, as they stand in a table.
+
+    Example: medxray score predictions.csv --prediction model --reference report --metrics bleu,cider,clinical
+    """
+    with _mistakes():
+        import json
+
+        from medxray.scoring import score_table
+
+        names = [name.strip() for name in metrics.split(",") if name.strip()]
+        scores = score_table(
+            file, prediction, reference, metrics=names, patient=patient, study=study, intervals=intervals
+        )
+        if out is not None:
+            out.write_text(json.dumps(scores.to_dict(), indent=2) + "\n", encoding="utf-8")
+        _print(str(scores))
+
+
+@app.command()
 def predict(
     run: Annotated[str, typer.Argument(help="a run folder, or the spec that was fitted", metavar="RUN")],
     files: Annotated[list[Path], typer.Argument(help="DICOM, PNG, JPEG or TIFF files")],

@@ -227,6 +227,20 @@ class Score:
         return f"{self.value:.3f} ({self.low:.3f}-{self.high:.3f})"
 
 
+def _plain(scores: Mapping[str, Score]) -> dict[str, dict[str, float | None]]:
+    return {
+        metric: {key: None if value != value else value for key, value in dataclasses.asdict(score).items()}
+        for metric, score in scores.items()
+    }
+
+
+def _scores(data: Mapping[str, Mapping[str, Any]]) -> dict[str, Score]:
+    def known(value: Any) -> Any:
+        return float("nan") if value is None else value
+
+    return {metric: Score(**{key: known(value) for key, value in values.items()}) for metric, values in data.items()}
+
+
 class Scores(Mapping[str, Score]):
     """Metric -> `Score` for one system, with the floors and ablations that it is compared with.
 
@@ -264,26 +278,19 @@ class Scores(Mapping[str, Score]):
         return {self.title: self.scores, **self.comparisons}
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for `scores.json`."""
+        """Plain values for `scores.json`; what is undefined is None, since JSON knows no NaN."""
         return {
             "title": self.title,
-            "scores": {k: dataclasses.asdict(v) for k, v in self.scores.items()},
-            "comparisons": {
-                row: {k: dataclasses.asdict(v) for k, v in values.items()}
-                for row, values in self.comparisons.items()
-            },
+            "scores": _plain(self.scores),
+            "comparisons": {row: _plain(values) for row, values in self.comparisons.items()},
             "notes": self.notes,
         }
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Scores:
         """The inverse of `to_dict`."""
-        return cls(
-            {k: Score(**v) for k, v in data["scores"].items()},
-            {row: {k: Score(**v) for k, v in values.items()} for row, values in data["comparisons"].items()},
-            data["notes"],
-            data["title"],
-        )
+        rows = {row: _scores(values) for row, values in data["comparisons"].items()}
+        return cls(_scores(data["scores"]), rows, data["notes"], data["title"])
 
     def __str__(self) -> str:
         """A metric a line; what the system is compared with without intervals, so that a terminal holds the table."""
@@ -298,7 +305,8 @@ class Scores(Mapping[str, Score]):
         padded = [[cell.ljust(max(map(len, column))) for cell in column] for column in cells]
         lines = ["  ".join(line).rstrip() for line in zip(*padded, strict=True)]
         n = max((score.n for score in self.scores.values()), default=0)
-        lines.append(f"n = {n} studies; 95 % intervals by bootstrap over patients")
+        told = "; 95 % intervals by bootstrap over patients" if any(s.low == s.low for s in self.scores.values()) else ""
+        lines.append(f"n = {n} studies{told}")
         return "\n".join(lines + self.notes)
 
     __repr__ = __str__
