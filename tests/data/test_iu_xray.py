@@ -215,3 +215,9 @@ def test_real_reports(shared: Path, tmp_path: Path, phantom: Path) -> None:
             assert {label for label, value in study["labels"].items() if value} <= own
             compared += 1
     assert compared >= 8
+
+
+def test_a_report_that_is_missing_tells_how_to_do_without(shared: Path) -> None:
+    root = shared / "data" / "iu_xray_public_layout"
+    with pytest.raises(DataError, match=r"report is empty .* set data\.reader\.without_report: drop, or set data\.on_error"):
+        load_studies(DataSpec(reader=settings(root)), reports=True)

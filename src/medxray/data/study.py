@@ -118,7 +118,7 @@ def load_studies(spec: "DataSpec", *, reports: bool | None = None, images: bool 
     studies = subset(_first(studies, spec.max_studies), spec.fraction)
     if spec.marks == "drop":
         studies = [_without_marks(study) for study in studies]
-    studies = _with_reports(studies, spec.cleaning, reports, skip, skipped, root)
+    studies = _with_reports(studies, spec, reports, skip, skipped, root)
     _check_paths(studies, reader)
     if images:
         studies = _with_images(studies, reader, skip, spec, skipped)
@@ -214,7 +214,7 @@ def _without_marks(study: Study) -> Study:
 
 def _with_reports(
     studies: list[Study],
-    rule: str,
+    spec: "DataSpec",
     reports: bool | None,
     skip: bool,
     skipped: list[dict[str, str]],
@@ -223,6 +223,8 @@ def _with_reports(
     """Cleans every report; studies without a word in it raise or are listed."""
     if reports is None:
         reports = any(study["report"].strip() for study in studies)
+    rule = spec.cleaning
+    dropped = "set data.reader.without_report: drop" if hasattr(spec.reader, "without_report") else "choose another report column"
     kept = []
     for study in studies:
         # A rule may make a full stop of nothing; a study without a report has none.
@@ -231,8 +233,7 @@ def _with_reports(
             reason = f"report is empty after cleaning by {rule!r} (raw: {study['report'][:60]!r})"
             if not skip:
                 raise DataError(
-                    f"{root}: study {study['study_id']!r}: {reason}; remove the study, choose another report "
-                    "column, or set data.on_error: skip"
+                    f"{root}: study {study['study_id']!r}: {reason}; remove the study, {dropped}, or set data.on_error: skip"
                 )
             skipped.append({"study": study["study_id"], "file": "", "reason": reason})
             continue
