@@ -406,19 +406,27 @@ def diagnose() -> list[str]:
     cuda = torch.cuda.is_available()
     device = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"
     lines.append(f"torch {torch.__version__}: {device}")
-    for name in ("torchvision", "transformers", "timm", "numba", "triton", "mamba_ssm", "peft", "tensorboard", "gguf"):
+    for name in (
+        "torchvision", "transformers", "timm", "numba", "triton", "mamba_ssm", "peft", "bitsandbytes", "faiss", "cv2", "ray",
+        "tensorboard", "gguf",
+    ):  # fmt: skip
         if importlib.util.find_spec(name) is None:
             cure = {
                 "peft": "pip install 'medxray[lora]' for LoRA",
                 "mamba_ssm": "pip install 'medxray[mamba]' on a machine with CUDA; not needed",
                 "triton": "comes with a CUDA build of torch; not needed",
                 "tensorboard": "pip install 'medxray[log]' for TensorBoard logs",
+                "bitsandbytes": "pip install 'medxray[quantize]' to hold language models in 4 or 8 bits",
+                "faiss": "pip install 'medxray[retrieval]' to search millions of studies",
+                "cv2": "pip install 'medxray[opencv]' to read colour of 16 bits a channel",
+                "ray": "pip install 'medxray[scale]' to prepare data on a cluster",
                 "gguf": "pip install gguf to read GGUF language models",
             }.get(name, f"pip install {name}")
             lines.append(f"{name}: missing ({cure})")
         else:
             try:
-                lines.append(f"{name} {metadata.version(name.replace('_', '-'))}")
+                package = {"faiss": "faiss-cpu", "cv2": "opencv-python-headless"}.get(name, name.replace("_", "-"))
+                lines.append(f"{name} {metadata.version(package)}")
             except metadata.PackageNotFoundError:
                 lines.append(f"{name}: installed")
     from medxray.encoders.scan import backends
