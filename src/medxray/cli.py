@@ -25,8 +25,6 @@ Settings = Annotated[
 
 def _silence(quiet: bool) -> bool:
     """Bars of transformers go by this, which it reads when it is imported."""
-    import os
-
     if quiet:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     return quiet
@@ -475,8 +473,6 @@ def _sides(text: str | None, option: str = "--image-size") -> int | list[int] | 
 
 
 def _is_main() -> bool:
-    import os
-
     return int(os.environ.get("RANK", "0")) == 0
 
 

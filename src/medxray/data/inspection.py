@@ -2,7 +2,6 @@
 
 import hashlib
 import math
-import os
 import re
 import tempfile
 import warnings
@@ -24,10 +23,11 @@ from tqdm import tqdm
 
 from medxray.data.duplicates import COEFFICIENTS, Coefficients, coefficients, copies, correlate, hashes
 from medxray.data.images import ImageHeader, read_header, read_image
+from medxray.data.prepare import cores
 from medxray.data.readers import READERS, Reader
 from medxray.data.seeds import seed_of
-from medxray.data.splits import divide
-from medxray.data.study import SPLITS, load_studies
+from medxray.data.splits import SPLITS, divide
+from medxray.data.study import load_studies
 from medxray.data.text import clean, is_empty
 from medxray.data.transforms import resize
 from medxray.types import DataError, MedxrayError, Study
@@ -310,7 +310,7 @@ def inspect(
         for name, view in zip(study["images"], study["views"], strict=True)
     ]
     chosen = _sample(everything, images, seed)
-    workers = workers or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    workers = workers or cores()
     files = _Files(reader, spec.max_pixels, spec.shown)
     with tempfile.TemporaryFile() as file:
         seen = _look_at(files, chosen, workers, progress, file)

@@ -171,7 +171,7 @@ def write_shards(
             planned = {name: shard["studies"] for name, shard in plan["shards"].items()}
             done = sum(planned.values()) - sum(planned[name] for name in todo)
             tasks = ((name, *_part(found, name, studies)) for name in todo)
-            run = _on_ray(ray, workers) if ray is not None else _processes(min(workers or _cores(), len(todo)))
+            run = _on_ray(ray, workers) if ray is not None else _processes(min(workers or cores(), len(todo)))
             with tqdm(
                 total=sum(planned.values()), initial=done, desc="preparing", unit="study", disable=not progress
             ) as bar:
@@ -656,7 +656,8 @@ class _Stopped(Exception):
     """The run ends before the shard does."""
 
 
-def _cores() -> int:
+def cores() -> int:
+    """Processors that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -764,7 +765,7 @@ def _on_ray(address: str, workers: int | None) -> _Run:
             raise DataError("Ray is not installed; pip install 'medxray[scale]', or leave out --ray") from None
         own = not ray.is_initialized()
         if own:
-            more = {"num_cpus": workers or _cores(), "include_dashboard": False} if address == "local" else {}
+            more = {"num_cpus": workers or cores(), "include_dashboard": False} if address == "local" else {}
             try:
                 ray.init(address=address, log_to_driver=False, logging_level="ERROR", **more)
             except (OSError, ValueError, RuntimeError) as error:

@@ -12,7 +12,7 @@ from datasets.table import InMemoryTable
 
 from medxray.data.images import read_image
 from medxray.data.readers import READERS, Reader
-from medxray.data.splits import divide
+from medxray.data.splits import SPLITS, divide
 from medxray.data.subsets import subset
 from medxray.data.text import clean, is_empty, without_marks
 from medxray.registry import nearest
@@ -38,8 +38,6 @@ FEATURES = Features(
     }
 )
 """Columns of every data set of studies; `features_of` fills in the labels."""
-
-SPLITS = ("train", "val", "test")
 
 
 def features_of(labels: Iterable[str]) -> Features:

@@ -63,6 +63,14 @@ class Table:
         """File and line of a row, as messages begin."""
         return f"{self.path}, {self.place(row)}"
 
+    def optional(self, name: str | None, default: str) -> list[str] | None:
+        """The cells of a column that may be missing where its name is the default one; None without it.
+
+        Raises:
+            DataError: another name was stated, and there is no such column.
+        """
+        return None if name is None or (name == default and name not in self.columns) else self[name]
+
     def __getitem__(self, column: str) -> list[str]:
         """The cells of a column that must be there.
 
@@ -215,7 +223,7 @@ class CSV(Reader):
                 missing column, or a value that is no split or label.
         """
         paths, names = table[self.path], [cell.strip() for cell in table[self.study]]
-        patients, views, reports, splits, indications, priors = (self._column(table, role) for role in self.optional)
+        patients, views, reports, splits, indications, priors = (table.optional(*named) for named in self.optional.values())
         # A space at the end of a name would make two patients of one.
         patients = [cell.strip() for cell in patients] if patients else None
         splits = splits if splits and any(map(str.strip, splits)) else None
@@ -290,22 +298,14 @@ class CSV(Reader):
             )
         return studies
 
-    def _column(self, table: Table, role: str) -> list[str] | None:
-        name, default = self.optional[role]
-        if name is None or (name == default and name not in table.columns):
-            return None
-        return table[name]
-
     def _labels(self, table: Table) -> Mapping[str, list[int | None]]:
         if self.tags is not None:
-            given = [{tag.strip() for tag in cell.replace(";", "|").split("|")} - {""} for cell in table[self.tags]]
-            known = sorted(set().union(*given))
-            return {tag: [int(tag in present) for present in given] for tag in known}
+            return labels_of_tags(table[self.tags])
         if self.label_columns is not None:
-            return {name: _values(table, name) for name in self.label_columns}
+            return {name: label_values(table, name) for name in self.label_columns}
         taken = {self.path, self.study, *(name for name, _ in self.optional.values()), *NOT_LABELS}
         return {
-            name: _values(table, name)
+            name: label_values(table, name)
             for name, cells in table.columns.items()
             if name and name not in taken and _looks_like_label(cells)
         }
@@ -317,7 +317,18 @@ def _looks_like_label(cells: list[str]) -> bool:
     return bool(filled) and sum(cell in VALUES for cell in filled) >= 0.9 * len(filled)
 
 
-def _values(table: Table, name: str) -> list[int | None]:
+def labels_of_tags(cells: list[str]) -> dict[str, list[int | None]]:
+    """Tag -> 1 where a cell lists it, else 0; cells part their tags by "|" or ";"."""
+    given = [{tag.strip() for tag in cell.replace(";", "|").split("|")} - {""} for cell in cells]
+    return {tag: [int(tag in present) for present in given] for tag in sorted(set().union(*given))}
+
+
+def label_values(table: Table, name: str) -> list[int | None]:
+    """A column's labels.
+
+    Raises:
+        DataError: a cell that is none; with its line.
+    """
     values = []
     for row, cell in enumerate(table[name]):
         if cell.strip() not in VALUES:

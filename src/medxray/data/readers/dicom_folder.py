@@ -23,7 +23,7 @@ from medxray.cache import cache_folder
 from medxray.data.dicom_headers import HEADER, Header, StructuredReport, class_name, structured_report
 from medxray.data.privacy import Names, find_key
 from medxray.data.readers import Reader, frontal_first, split_of
-from medxray.data.readers.csv import NOT_LABELS, SPLITS, VALUES, Table, read_table
+from medxray.data.readers.csv import NOT_LABELS, SPLITS, VALUES, Table, labels_of_tags, read_table
 from medxray.data.readers.reports import Part, chosen
 from medxray.data.text import sections
 from medxray.types import DataError, ImageError, Study
@@ -615,7 +615,7 @@ class DicomFolder(Reader):
             raise DataError(f"data.reader.table: no file {path}; name a CSV file by its path below data.reader.root")
         table = read_table(path if path.is_file() else packed)
         owners = self._owners(table, tree, names)
-        reports, splits = self._column(table, "text"), self._column(table, "split")
+        reports, splits = table.optional(*self.columns["text"]), table.optional(*self.columns["split"])
         texts = {name: table.columns.get(name) for name in _Report._fields[:3]} | {"report": reports}
         labels = self._labels(table)
         columns: dict[str, Any] = {name: cells for name, cells in {**texts, "split": splits, **labels}.items() if cells}
@@ -656,7 +656,9 @@ class DicomFolder(Reader):
 
     def _owners(self, table: Table, tree: _Tree, names: Names) -> dict[int, str]:
         """Rows that are of one study, and that study."""
-        uids, numbers, people, days = (self._column(table, role) for role in ("study", "accession", "patient", "date"))
+        uids, numbers, people, days = (
+            table.optional(*self.columns[role]) for role in ("study", "accession", "patient", "date")
+        )
         if uids is None and numbers is None and (people is None or days is None):
             raise DataError(
                 f"{table.path}: no column tells which study a row is of (found: {', '.join(table.columns)}); name that of the "
@@ -695,16 +697,9 @@ class DicomFolder(Reader):
                 self.left_out.append({"study": "", "file": "", "reason": told})
         return owners
 
-    def _column(self, table: Table, role: str) -> list[str] | None:
-        name, default = self.columns[role]
-        if name is None or (name == default and name not in table.columns):
-            return None
-        return table[name]
-
     def _labels(self, table: Table) -> dict[str, list[int | None]]:
         if self.tags is not None:
-            given = [{tag.strip() for tag in cell.replace(";", "|").split("|")} - {""} for cell in table[self.tags]]
-            return {tag: [int(tag in present) for present in given] for tag in sorted(set().union(*given))}
+            return labels_of_tags(table[self.tags])
         wanted = self.label_columns
         if wanted is None:
             taken = {*(name for name, _ in self.columns.values()), *NOT_LABELS}

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from pyarrow import parquet
 
 from medxray.data.readers import Locality
-from medxray.data.readers.csv import VALUES, Table, _values
+from medxray.data.readers.csv import VALUES, Table, label_values
 from medxray.data.readers.shards import IMAGE, Kept, Shards, words
 from medxray.registry import nearest
 from medxray.types import DataError, ImageError, Study
@@ -112,7 +112,7 @@ class Parquet(Shards):
 
     def _labels(self, table: Table) -> Mapping[str, list[int | None]]:
         if self.tags is None and self.label_columns is None and self._labelled:
-            return {name: _values(table, name) for name in self._labelled}
+            return {name: label_values(table, name) for name in self._labelled}
         return {name: values for name, values in super()._labels(table).items() if name != "burned_in"}
 
     def group(self, table: Table) -> list[Study]:
