@@ -539,7 +539,8 @@ class Fitter(Trainer):
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         best: bool = super()._determine_best_metric(metrics, trial)
-        if (best or self.state.best_global_step is None) and self.is_world_process_zero():
+        # Infinite while no validation has had a number: then the newest weights stand in.
+        if (best or math.isinf(self.state.best_metric)) and self.is_world_process_zero():
             target = self.folder / CHECKPOINTS / BEST
             with _disk(target), self._averaged():
                 save_trained(self.task, target)
