@@ -4,19 +4,32 @@
 """
 
 import argparse
+import contextlib
 import csv
 import hashlib
+import io
 import re
 import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import yaml
+from pycocoevalcap.bleu.bleu import Bleu as CocoBleu
+from pycocoevalcap.cider.cider import Cider as CocoCider
+from pycocoevalcap.meteor.meteor import Meteor as CocoMeteor
+from pycocoevalcap.rouge.rouge import Rouge as CocoRouge
 
-from medxray.metrics import clinical, label_reports
-from medxray.metrics.text import RougeL
+from medxray.data.phantom import draw_study
+from medxray.data.text import clean
+from medxray.metrics import Metric, clinical, label_reports
+from medxray.metrics.intervals import score_all
+from medxray.metrics.meteor import Meteor
+from medxray.metrics.text import Bleu, Cider, RougeL, best_constant
 
+PEER = "pycocoevalcap's ROUGE-L of as many pairs"
 COMMANDS: dict[str, Callable[[list[str]], None]] = {}
 TESTS = Path(__file__).parents[1] / "tests" / "metrics"
 
@@ -94,7 +107,7 @@ def labeller(arguments: list[str]) -> None:
         "sentences remembered, from the first report on": fresh,
         "the same reports again": lambda: label_reports(texts),
         "nothing remembered between reports": forgetful,
-        "ROUGE-L of as many pairs": lambda: RougeL().statistics(texts, shuffled),
+        PEER: lambda: CocoRouge().compute_score(*({i: [t] for i, t in enumerate(one)} for one in (shuffled, texts))),
     }
     times: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(options.rounds):
@@ -105,10 +118,88 @@ def labeller(arguments: list[str]) -> None:
     length = sum(map(len, texts)) / len(texts)
     print(f"\n{len(texts):,} reports of {length:.0f} characters, one core, {options.rounds} rounds in turn")
     print(f"{'':50}{'median reports/s':>18}{'time over ROUGE-L':>20}")
-    peer = times["ROUGE-L of as many pairs"]
+    peer = times[PEER]
     for name, values_s in times.items():
         ratio = statistics.median(a / b for a, b in zip(values_s, peer, strict=True))
         print(f"{name:50}{len(texts) / statistics.median(values_s):18,.0f}{ratio:20.3f}")
+
+
+def _reports(file: Path | None, count: int) -> list[str]:
+    """Cleaned reports: of a table with columns findings and impression, or made-up ones."""
+    if file is None:
+        return [clean(draw_study(1, i, 32, views=()).findings, "r2gen-iu") for i in range(count)]
+    with file.open(encoding="utf-8") as table:
+        texts = [clean(f"{row['findings']} {row['impression']}", "r2gen-iu") for row in csv.DictReader(table)]
+    return [text for text in texts if len(text.split()) > 3][:count]
+
+
+def _text_arguments(run: Callable[[list[str]], None], arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog=f"metrics.py {run.__name__}", description=run.__doc__)
+    parser.add_argument("--reports", type=Path, help="real ones: a table with columns findings and impression")
+    parser.add_argument("--studies", type=int, default=3000)
+    parser.add_argument("--rounds", type=int, default=5)
+    options = parser.parse_args(arguments)
+    options.texts = _reports(options.reports, options.studies)
+    words = sum(len(text.split()) for text in options.texts) / len(options.texts)
+    kind = "made-up" if options.reports is None else "real"
+    print(f"{len(options.texts):,} {kind} reports of {words:.0f} words, each against another's, {options.rounds} rounds in turn")
+    return options
+
+
+@command
+def text(arguments: list[str]) -> None:
+    """BLEU, ROUGE-L, CIDEr and METEOR beside pycocoevalcap's, and the best constant report."""
+    options = _text_arguments(text, arguments)
+    references, predictions = options.texts, options.texts[1:] + options.texts[:1]
+    gts, res = ({i: [t] for i, t in enumerate(texts)} for texts in (references, predictions))
+    pairs: dict[str, tuple[Metric, Any]] = {
+        "bleu": (Bleu(), CocoBleu(4)), "rouge-l": (RougeL(), CocoRouge()), "cider": (Cider(), CocoCider()),
+    }  # fmt: skip
+    if reason := Meteor().unavailable():
+        print(f"meteor left out: {reason}")
+    else:
+        pairs["meteor"] = (Meteor(), CocoMeteor())
+        # Both programs read their tables for seconds when they start; that is no part of a pair's cost.
+        pairs["meteor"][0].statistics(predictions[:1], references[:1])
+        pairs["meteor"][1].compute_score({0: [references[0]]}, {0: [predictions[0]]})
+    ones = np.ones((1, len(references)))
+    print(f"{'':10}{'pycocoevalcap s':>17}{'ours s':>9}{'times as fast':>15}{'largest difference':>20}")
+    for name, (ours, peer) in pairs.items():
+        own, other, values, theirs = [], [], np.empty(0), np.empty(0)
+        for _ in range(options.rounds):
+            started = time.perf_counter()
+            with contextlib.redirect_stdout(io.StringIO()):
+                theirs = np.atleast_1d(peer.compute_score(gts, res)[0])
+            other.append(time.perf_counter() - started)
+            started = time.perf_counter()
+            values = ours.reduce(ours.statistics(predictions, references), ones)[0]
+            own.append(time.perf_counter() - started)
+        ratio = statistics.median(b / a for a, b in zip(own, other, strict=True))
+        apart = float(np.abs(values - theirs).max())
+        print(f"{name:10}{statistics.median(other):17.2f}{statistics.median(own):9.2f}{ratio:15.1f}{apart:20.1e}")
+    candidates = list(dict.fromkeys(references))
+    for name in ("bleu-4", "rouge-l", "cider"):
+        started = time.perf_counter()
+        best_constant(candidates, references, name)
+        seconds = time.perf_counter() - started
+        print(f"best constant report by {name}: {len(candidates):,} x {len(references):,} in {seconds:.2f} s")
+
+
+@command
+def bootstrap(arguments: list[str]) -> None:
+    """1,000 resamples of corpus BLEU and CIDEr by patients of two studies each, with the statistics that they are made of."""
+    options = _text_arguments(bootstrap, arguments)
+    references, predictions = options.texts, options.texts[1:] + options.texts[:1]
+    groups = [str(i // 2) for i in range(len(references))]
+    for metrics in ([Bleu()], [Cider()], [Bleu(), Cider()]):
+        times: dict[int, list[float]] = {0: [], 1000: []}
+        for _ in range(options.rounds):
+            for resamples, seconds in times.items():
+                started = time.perf_counter()
+                score_all(metrics, predictions, references, groups, resamples)
+                seconds.append(time.perf_counter() - started)
+        name = " and ".join(metric.values[0].partition("-")[0] for metric in metrics)
+        print(f"{name}: {statistics.median(times[1000]):.2f} s, of it statistics {statistics.median(times[0]):.2f} s")
 
 
 def _f1(said: set, true: set) -> float:

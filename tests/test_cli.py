@@ -68,7 +68,10 @@ def test_what_is_known_without_data(spec: Path) -> None:
     code, out, _ = run("doctor")
     assert code == 0 and "selective scan, torch: runs here" in out and "torch 2" in out
     # Of every extra it says what is there, or how to get it.
-    extras = {"faiss": "retrieval", "cv2": "opencv", "ray": "scale", "bitsandbytes": "quantize", "peft": "lora"}
+    extras = {
+        "faiss": "retrieval", "cv2": "opencv", "ray": "scale", "bitsandbytes": "quantize", "peft": "lora",
+        "highdicom": "interchange", "fastapi": "serve",
+    }  # fmt: skip
     for package, extra in extras.items():
         assert re.search(rf"^{package}(: installed| \d|: missing \(pip install 'medxray\[{extra}\]')", out, flags=re.M), package
 

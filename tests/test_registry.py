@@ -139,7 +139,7 @@ def test_an_entry_point_of_another_package(tmp_path: Path) -> None:
 
 def test_the_public_surface_grows_only_on_purpose() -> None:
     assert dir(medxray) == sorted(medxray.__all__)
-    assert len(medxray.__all__) == 35
+    assert len(medxray.__all__) == 37
     for name in medxray.__all__:
         assert getattr(medxray, name) is not None
     for registry in ("encoders", "metrics", "tasks", "maskers", "segmenters", "pixel_decoders", "retrievers", "report_decoders"):

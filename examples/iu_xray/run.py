@@ -135,7 +135,7 @@ class Study(NamedTuple):
         rows = {title: self.written(run) for run, title in SYSTEMS.items()}
         known, asked = (F.normalize(images.features.pooled.sum(1), dim=1) for images in (train, judged))
         rows[RETRIEVED] = [train.reports[i] for i in (asked @ known.T).argmax(1)]
-        rows |= pipeline.task.floors(train, val, judged)
+        rows |= {row: floor("bleu-4") for row, floor in pipeline.task.floors(train, val, judged).items()}
         tags = [{name for name, value in row.items() if value == 1} for row in pipeline.studies.splits[self.split]["labels"]]
         return rows, list(judged.reports), tags, list(judged.patient_ids)
 

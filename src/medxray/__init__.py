@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from medxray import encoders, metrics, tasks
     from medxray.classify import HEADS as heads
     from medxray.classify import Head
+    from medxray.comparison import compare
     from medxray.data.images import read_image
     from medxray.data.readers import READERS as readers
     from medxray.data.readers import Reader
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from medxray.pretrain import Masker, PixelDecoder, Segmenter
     from medxray.retrieval import RETRIEVERS as retrievers
     from medxray.retrieval import Retriever
+    from medxray.scoring import score_table
     from medxray.spec import Spec
     from medxray.tasks import Task
     from medxray.types import Batch, Context, Features, MedxrayError, Prediction, Scores
@@ -35,6 +37,8 @@ _PLACES = {
     "build": "pipeline",
     "load": "pipeline",
     "Pipeline": "pipeline",
+    "compare": "comparison",
+    "score_table": "scoring",
     "Spec": "spec",
     "Batch": "types",
     "Context": "types",
@@ -93,6 +97,7 @@ __all__ = [
     "Spec",
     "Task",
     "build",
+    "compare",
     "encoders",
     "heads",
     "load",
@@ -104,6 +109,7 @@ __all__ = [
     "readers",
     "report_decoders",
     "retrievers",
+    "score_table",
     "segmenters",
     "tasks",
 ]

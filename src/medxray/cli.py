@@ -5,7 +5,7 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import IO, Annotated, Any, Optional
 
 import typer
 
@@ -17,7 +17,18 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-SpecArgument = Annotated[str, typer.Argument(help="a packaged spec's name or a YAML file", metavar="SPEC")]
+
+
+def _spec_names(incomplete: str) -> list[str]:
+    """What a shell may complete SPEC to, beside files."""
+    from medxray.spec import packaged
+
+    return [name for name in packaged() if name.startswith(incomplete)]
+
+
+SpecArgument = Annotated[
+    str, typer.Argument(help="a packaged spec's name or a YAML file", metavar="SPEC", autocompletion=_spec_names)
+]
 Settings = Annotated[
     Optional[list[str]], typer.Argument(help="settings in place of the spec's, as key=value", metavar="[KEY=VALUE]...")
 ]
@@ -46,7 +57,7 @@ def fit(
 ) -> None:
     """Fit a spec; goes on by itself where an interrupted fit stopped.
 
-    Example: medxray fit r2gencsr-phantom encoder.name=vmamba training.steps=200
+    Example: medxray fit r2gencsr-phantom encoder.name=vmamba training.epochs=3
     """
     with _mistakes():
         import medxray
@@ -61,7 +72,12 @@ def evaluate(
     run: Annotated[str, typer.Argument(help="a run folder, or the spec that was fitted", metavar="RUN")],
     settings: Settings = None,
     split: Annotated[Optional[str], typer.Option(help="train, val or test")] = None,
+    protocol: Annotated[
+        Optional[str],
+        typer.Option(help="full: references whole; r2gen: cut at the decoder's token limit; the spec's by default"),
+    ] = None,
     ablations: Annotated[bool, typer.Option(help="judge the model with a part switched off too")] = True,
+    as_json: Annotated[bool, typer.Option("--json", help="print scores.json in place of the table")] = False,
     spec: OfFile = None,
     quiet: Quiet = False,
 ) -> None:
@@ -70,18 +86,22 @@ def evaluate(
     \b
     Examples:
       medxray evaluate runs/r2gencsr-phantom --split val
+      medxray evaluate runs/r2gen-iu-xray --protocol r2gen
       medxray evaluate checkpoint.pth --spec r2gencsr-mimic-cxr data.reader.root=FOLDER
     """
     with _mistakes():
         pipeline = _open(run, settings, spec)
-        scores = pipeline.evaluate(split, ablations=ablations, progress=not quiet)
+        scores = pipeline.evaluate(split, ablations=ablations, protocol=protocol, progress=not (quiet or as_json))
+        if as_json:
+            _print((pipeline.folder / "scores.json").read_text(encoding="utf-8").strip())
+            return
         _print(str(scores))
         _print(f"report: {pipeline.folder / 'report.html'}")
 
 
 @app.command()
 def score(
-    file: Annotated[Path, typer.Argument(help="a CSV table with a row a study", metavar="TABLE")],
+    file: Annotated[Path, typer.Argument(help="a table with a row a study: CSV, JSON Lines or Parquet", metavar="TABLE")],
     prediction: Annotated[str, typer.Option(help="column of generated reports", metavar="COLUMN")],
     reference: Annotated[str, typer.Option(help="column of the reports that people wrote", metavar="COLUMN")],
     metrics: Annotated[str, typer.Option(help="names, parted by commas")] = "bleu,rouge-l,cider",
@@ -91,47 +111,214 @@ def score(
     study: Annotated[
         Optional[str], typer.Option(help="column of studies, each of which comes once; study_id if there", metavar="COLUMN")
     ] = None,
+    protocol: Annotated[
+        Optional[str],
+        typer.Option(help="r2gen-iu or r2gen-mimic: cleaned and cut as R2Gen does; full-iu or full-mimic: cleaned only"),
+    ] = None,
+    max_words: Annotated[
+        Optional[int], typer.Option(help="of a reference that count, in place of the protocol's", metavar="NUMBER")
+    ] = None,
     intervals: Annotated[bool, typer.Option(help="95 % ones, by a bootstrap over patients")] = True,
-    out: Annotated[Optional[Path], typer.Option(help="write scores.json there")] = None,
+    out: Annotated[Optional[Path], typer.Option(help="write scores.json there", metavar="FILE")] = None,
 ) -> None:
-    """Score reports of any model, as they stand in a table.
+    """Score reports of any model, as they stand in a table or by a protocol.
 
-    Example: medxray score predictions.csv --prediction model --reference report --metrics bleu,cider,clinical
+    \b
+    Examples:
+      medxray score predictions.csv --prediction model --reference report --metrics bleu,cider,clinical
+      medxray score raw.csv --prediction model --reference report --protocol r2gen-mimic
+      medxray score runs/r2gencsr-phantom/predictions.parquet --prediction text --reference reference
     """
-    with _mistakes():
+    with _mistakes(), _replacing(out) as file_out:
         import json
 
         from medxray.scoring import score_table
 
         names = [name.strip() for name in metrics.split(",") if name.strip()]
         scores = score_table(
-            file, prediction, reference, metrics=names, patient=patient, study=study, intervals=intervals
-        )
-        if out is not None:
-            out.write_text(json.dumps(scores.to_dict(), indent=2) + "\n", encoding="utf-8")
+            file, prediction, reference, metrics=names, patient=patient, study=study, protocol=protocol, words=max_words,
+            intervals=intervals,
+        )  # fmt: skip
+        if file_out is not None:
+            file_out.write(json.dumps(scores.to_dict(), indent=2) + "\n")
         _print(str(scores))
+
+
+@app.command()
+def compare(
+    runs: Annotated[
+        list[str],
+        typer.Argument(help="run folders or tables; NAME=PATH names one, NAME=PATH,PATH is seeds of one", metavar="RUN"),
+    ],
+    metrics: Annotated[Optional[str], typer.Option(help="names, parted by commas; those of the task by default")] = None,
+    baseline: Annotated[Optional[str], typer.Option(help="what others are compared with; the first", metavar="NAME")] = None,
+    split: Annotated[Optional[str], typer.Option(help="the one that all must have been evaluated on")] = None,
+    protocol: Annotated[Optional[str], typer.Option(help="by which all reports are read, as in score")] = None,
+    reference_of: Annotated[
+        Optional[str], typer.Option(help="whose references judge all, where they differ", metavar="NAME")
+    ] = None,
+    seeds: Annotated[bool, typer.Option("--seeds", help="runs of one spec but for the seed are one system")] = False,
+    intervals: Annotated[bool, typer.Option(help="95 % ones with p-values, by a paired bootstrap over patients")] = True,
+    prediction: Annotated[str, typer.Option(help="of tables: column of generated reports", metavar="COLUMN")] = "prediction",
+    reference: Annotated[str, typer.Option(help="of tables: the reports that people wrote", metavar="COLUMN")] = "reference",
+    patient: Annotated[
+        Optional[str], typer.Option(help="of tables: patients; patient_id if there", metavar="COLUMN")
+    ] = None,
+    study: Annotated[Optional[str], typer.Option(help="of tables: studies; study_id by default", metavar="COLUMN")] = None,
+    out: Annotated[
+        Optional[Path], typer.Option(help="gets scores.json, table.md, table.tex and comparison.html", metavar="FOLDER")
+    ] = None,
+) -> None:
+    """Compare evaluated runs, or tables of reports, on the studies that all have.
+
+    \b
+    Examples:
+      medxray compare runs/r2gen runs/r2gencsr --out compared
+      medxray compare base=runs/a0,runs/a1,runs/a2 ours=runs/b0,runs/b1,runs/b2
+      medxray compare runs/r2gencsr theirs=theirs.csv --reference-of r2gencsr
+    """
+    with _mistakes():
+        from medxray.comparison import compare as compared
+
+        names = None if metrics is None else [name.strip() for name in metrics.split(",") if name.strip()]
+        found = compared(
+            runs, metrics=names, baseline=baseline, split=split, protocol=protocol, reference_of=reference_of,
+            group_seeds=seeds, intervals=intervals, prediction=prediction, reference=reference, patient=patient, study=study,
+        )  # fmt: skip
+        _print(str(found))
+        if out is not None:
+            _print(f"page: {found.write(out) / 'comparison.html'}")
+
+
+@app.command()
+def card(
+    run: Annotated[str, typer.Argument(help="a run folder, or the spec that was fitted", metavar="RUN")],
+    out: Annotated[
+        Optional[Path], typer.Option(help="gets the card; README.md of the run folder by default; a page if it ends in .html")
+    ] = None,
+    license: Annotated[str, typer.Option(help="of the weights, as the Hugging Face hub calls it")] = "unknown",
+) -> None:
+    """Write a model card of a run: its parts, data, recipe, scores, floors, subgroups, use and limits.
+
+    Everything comes from the run folder; no data set is needed.
+
+    \b
+    Examples:
+      medxray card runs/r2gencsr-phantom
+      medxray card runs/r2gencsr-phantom --out card.html
+    """
+    with _mistakes():
+        from medxray.model_card import write_card
+        from medxray.spec import Spec, packaged
+
+        named = run in packaged() or (Path(run).suffix in (".yaml", ".yml") and Path(run).is_file())
+        _print(f"card: {write_card(Spec.read(run).run_folder if named else run, out, license=license)}")
 
 
 @app.command()
 def predict(
     run: Annotated[str, typer.Argument(help="a run folder, or the spec that was fitted", metavar="RUN")],
-    files: Annotated[list[Path], typer.Argument(help="DICOM, PNG, JPEG or TIFF files")],
+    files: Annotated[list[Path], typer.Argument(help="DICOM, PNG, JPEG or TIFF files, or folders of them")],
     study: Annotated[bool, typer.Option("--study", help="the files are views of one study, frontal first")] = False,
-    json_lines: Annotated[bool, typer.Option("--json", help="one JSON object a study")] = False,
+    json_lines: Annotated[bool, typer.Option("--json", help="one JSON object a study; as --format jsonl")] = False,
+    format: Annotated[
+        Optional[str],
+        typer.Option(help="csv, jsonl, parquet, fhir, dicom-sr or html; by the ending of --output if left out"),
+    ] = None,
+    output: Annotated[
+        Optional[Path], typer.Option(help="a file; of dicom-sr a folder, with a file for each study", metavar="PATH")
+    ] = None,
     spec: OfFile = None,
+    quiet: Quiet = False,
 ) -> None:
-    """Write the report, probabilities or error of each file.
+    """Write the report, probabilities or error of each study: of each file, and below a folder of each DICOM study.
 
-    Example: medxray predict runs/r2gencsr-phantom --study frontal.dcm lateral.dcm
+    \b
+    Examples:
+      medxray predict runs/r2gencsr-phantom --study frontal.dcm lateral.dcm
+      medxray predict runs/r2gencsr-phantom FOLDER --output reports.csv
+      medxray predict runs/r2gencsr-phantom chest.dcm --format fhir
+      medxray predict runs/r2gencsr-phantom FOLDER --format dicom-sr --output FOLDER-OF-REPORTS
     """
     with _mistakes():
-        import dataclasses
-        import json
+        from tqdm.auto import tqdm
 
+        from medxray.data.study_files import studies_in
+        from medxray.outputs import Answer, as_text, check_format, format_of, write
+
+        format = format_of(format or ("jsonl" if json_lines else None), output)
+        studies, left_out = studies_in(files)
+        if study:
+            studies = [{"study_id": files[0].stem, "images": [image for one in studies for image in one["images"]]}]
         pipeline = _open(run, None, spec)
-        found = [pipeline.predict(tuple(files))] if study else pipeline.predict(list(files))
-        for prediction in found:
-            _print(json.dumps(dataclasses.asdict(prediction)) if json_lines else f"{prediction.study_id}: {prediction}")
+        if format is not None:
+            check_format(format, pipeline.spec.task)
+        for line in left_out:
+            typer.echo(f"left out: {line}", err=True)
+        found: list[Any] = []
+        # Decoded studies are held for one stretch at a time.
+        for start in tqdm(range(0, len(studies), 32), desc="predict", disable=quiet or len(studies) <= 32):
+            found += pipeline.predict(studies[start : start + 32])
+        answers = [Answer(prediction, one["images"]) for prediction, one in zip(found, studies, strict=True)]
+        name = pipeline.spec.name
+        if format is None:
+            for prediction in found:
+                _print(f"{prediction.study_id}: {prediction}")
+        elif output is None:
+            typer.echo(as_text(answers, format, name), nl=False)
+        else:
+            for file in write(answers, format, output, model=name, data=pipeline.spec.data):
+                _print(f"written: {file}")
+
+
+@app.command()
+def serve(
+    run: Annotated[str, typer.Argument(help="a run folder, or the spec that was fitted", metavar="RUN")],
+    host: Annotated[str, typer.Option(help="where to listen; beyond this machine only with a token")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one")] = 8000,
+    token: Annotated[
+        Optional[str], typer.Option(help="that requests must bear; others on this machine see it, unlike MEDXRAY_TOKEN")
+    ] = None,
+    token_file: Annotated[Optional[Path], typer.Option(help="holds the token", metavar="FILE")] = None,
+    max_body: Annotated[int, typer.Option(min=1, help="MiB of a request")] = 64,
+    max_files: Annotated[int, typer.Option(min=1, help="files of a study")] = 8,
+    max_pixels: Annotated[
+        Optional[int], typer.Option(min=1, help="of an image; data.max_pixels of the run by default")
+    ] = None,
+    max_batch: Annotated[int, typer.Option(min=1, help="studies that the model runs at once")] = 16,
+    max_wait_ms: Annotated[float, typer.Option(min=0, help="that a study waits for others")] = 20,
+    queue: Annotated[int, typer.Option(min=1, help="requests that are accepted at once; more get 503")] = 64,
+    timeout: Annotated[float, typer.Option(min=0.1, help="seconds to send a request, and again for its answer")] = 60,
+    spec: OfFile = None,
+    quiet: Quiet = False,
+) -> None:
+    """Answer over HTTP with reports and features, as JSON, FHIR or DICOM SR; GET / describes it.
+
+    \b
+    Examples:
+      medxray serve runs/r2gencsr-phantom
+      curl -F files=@chest.dcm http://127.0.0.1:8000/v1/reports
+      curl -F files=@chest.dcm -H "Accept: application/fhir+json" http://127.0.0.1:8000/v1/reports
+      medxray serve runs/r2gencsr-phantom --host 0.0.0.0 --token-file token
+    """
+    with _mistakes():
+        import logging
+
+        from medxray.types import RunError
+
+        try:
+            from medxray import serve as service
+        except ImportError as error:
+            raise RunError(f"{error.name} is missing; install what a service needs: pip install 'medxray[serve]'") from None
+        logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s")
+        service.LOG.setLevel(logging.WARNING if quiet else logging.INFO)
+        limits = service.Limits(
+            max_body=max_body * 2**20, max_files=max_files, max_batch=max_batch, max_wait_ms=max_wait_ms, queue=queue,
+            timeout=timeout, header_timeout=min(10, timeout),
+        )  # fmt: skip
+        secret = service.find_token(token, token_file)
+        pipeline = _open(run, None, spec)
+        service.serve(pipeline, host=host, port=port, token=secret, limits=limits, max_pixels=max_pixels, say=_print)
 
 
 @app.command()
@@ -165,7 +352,7 @@ def export(
 
     \b
     Examples:
-      medxray export runs/hd-mae-phantom vit-cxr --format transformers
+      medxray export runs/mae-224 vit-cxr --format transformers
       medxray export runs/r2gencsr-iu-xray r2gencsr
     """
     with _mistakes():
@@ -265,6 +452,8 @@ def schema(out: Annotated[Optional[Path], typer.Option(help="write to a file")] 
     """Print the JSON Schema of a spec, for editors.
 
     A YAML file that begins with `# yaml-language-server: $schema=medxray.schema.json` is then completed and checked.
+
+    Example: medxray schema --out medxray.schema.json
     """
     with _mistakes():
         import json
@@ -423,7 +612,10 @@ def demo(
     folder: Annotated[Path, typer.Option(help="where data and runs go")] = Path("runs/demo"),
     quiet: Quiet = False,
 ) -> None:
-    """Everything in small: make phantom X-rays, pre-train, fit R2GenCSR, evaluate, predict."""
+    """Everything in small: make phantom X-rays, pre-train, fit R2GenCSR, evaluate, predict.
+
+    Example: medxray demo --folder runs/demo
+    """
     with _mistakes():
         from medxray.demo import run
 
@@ -432,7 +624,10 @@ def demo(
 
 @app.command()
 def doctor() -> None:
-    """Print what is installed, what is missing, and which scan and attention back-ends run here."""
+    """Print what is installed, what is missing, and which scan and attention back-ends run here.
+
+    Example: medxray doctor
+    """
     with _mistakes():
         from medxray.summary import diagnose
 
@@ -470,6 +665,29 @@ def _sides(text: str | None, option: str = "--image-size") -> int | list[int] | 
     if found is None:
         return None
     return [int(found[1]), int(found[2])] if found[2] else int(found[1])
+
+
+@contextlib.contextmanager
+def _replacing(path: Path | None) -> Iterator[IO[str] | None]:
+    """A file that takes the path's place once it is whole; that it can be written is known before the work is done."""
+    if path is None:
+        yield None
+        return
+    from medxray.types import RunError
+
+    staged = path.with_name(f".{path.name}.{os.getpid()}") if path.name else path
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(None, "it is a folder")
+        file = staged.open("w", encoding="utf-8")
+    except OSError as error:
+        raise RunError(f"--out {path} cannot be written: {error.strerror}; name another file") from None
+    try:
+        with file:
+            yield file
+        staged.replace(path)
+    finally:
+        staged.unlink(missing_ok=True)
 
 
 def _is_main() -> bool:

@@ -1,5 +1,6 @@
 """One spec, fitted, judged and used: fit, evaluate, predict, save, load. Knows tasks only by their base class."""
 
+import functools
 import json
 import os
 import platform
@@ -9,7 +10,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 from tqdm.auto import tqdm
 
@@ -17,18 +20,23 @@ from medxray.data import Sample, Studies, StudyImages, collate, load_studies, st
 from medxray.encoders import Encoder
 from medxray.encoders.adapt import as_encoder
 from medxray.encoders.frozen import compute_once
-from medxray.metrics import METRICS, Metric
+from medxray.evaluation import judge, write_predictions
+from medxray.metrics import METRICS, Metric, available
 from medxray.metrics.intervals import score_all
+from medxray.model_card import counts, write_card
 from medxray.registry import nearest
 from medxray.spec import Overrides, Spec
-from medxray.tasks import TASKS, Task
+from medxray.tasks import TASKS, Task, join_views
 from medxray.training import fit, load_trained, save_trained
 from medxray.types import Batch, Prediction, RunError, Scores, SpecError
 from medxray.visual.report_page import report_page
 
 CARDS = 24
+"""Studies of the page whose cards take a pass of the model, such as for attention."""
 PICTURED, PAGE = 6, 12
 FILES = ("task.json", "references.json", "environment.json")
+
+Predict = Callable[[Batch], list[Prediction]]
 
 
 def build(
@@ -129,7 +137,7 @@ class Pipeline:
 
     Attributes:
         spec: complete and checked.
-        folder: the run folder: spec.yaml, environment.json, model.safetensors, checkpoints/, log.jsonl,
+        folder: the run folder: spec.yaml, facts.json, environment.json, model.safetensors, checkpoints/, log.jsonl,
             scores.json, predictions.parquet, report.html.
         fitted: True once the weights are those of a finished fit.
         given: the module that stands in place of the spec's encoder, if any.
@@ -223,13 +231,13 @@ class Pipeline:
         task = self.task
         self.studies.require("train", "val")
         self._prepare()
-        metrics, selected = self._metrics(), self.spec.training.selected
+        (metrics, left_out), selected = self._metrics(), self.spec.training.selected
         better = {name: metric.higher_is_better for metric in metrics for name in metric.values} | {"loss": False}
         for name in selected:
             if name not in better:
                 raise SpecError(
                     f"training.select: validation has no metric {name!r}{nearest(name, better)} "
-                    f"(found: {', '.join(better)}); name one of them, or add it to metrics"
+                    f"(found: {', '.join([*better, *left_out])}); name one of them, or add it to metrics"
                 )
         if len({better[name] for name in selected}) > 1:
             raise SpecError(
@@ -248,7 +256,9 @@ class Pipeline:
             found = {"loss": validation_loss(task, val, self.spec.training.batch_size)}
             if set(selected) != {"loss"}:
                 predictions = self._predict_all(task.predict, val, "validate", progress=False)
-                made, references = task.outputs(predictions), task.targets(val)
+                made, references = task.outputs(predictions), task.as_scored(task.targets(val), self.spec.protocol)[0]
+                for metric in metrics:
+                    metric.choose(made, references)
                 scores = score_all(metrics, made, references, val.patient_ids, resamples=0)
                 found |= {name: score.value for name, score in scores.items()}
             found[self.spec.training.select] = sum(weight * found[name] for name, weight in selected.items())
@@ -278,9 +288,13 @@ class Pipeline:
         *,
         beside: "Mapping[str, Pipeline] | None" = None,
         ablations: bool = True,
+        subgroups: bool = True,
+        protocol: str | None = None,
         progress: bool = True,
     ) -> Scores:
         """Scores on a split with 95 % intervals, beside the floors that a fit must beat.
+
+        What a metric has to choose, such as a threshold, each system chooses on the validation studies.
 
         Also writes scores.json, predictions.parquet and report.html to the run folder.
 
@@ -288,44 +302,61 @@ class Pipeline:
             split: "test" where the data set has one, else "val".
             beside: other fitted pipelines of the same task and data, a row of the table each.
             ablations: judge the same model with a part switched off too, which for reports takes as long again.
+            subgroups: score by sex, band of age, view and manufacturer too, where the data set tells them.
+            protocol: what reports are scored against: "full" takes the cleaned references whole, "r2gen" cuts them as the
+                decoder's targets, as R2Gen, R2GenGPT and R2GenCSR do. The spec's if None.
             progress: show a bar.
         """
         self._need_fit()
         self._progress = progress
+        protocol = self.spec.protocol if protocol is None else protocol
+        self.task.as_scored([], protocol)
         if split is None:
             split = "test" if len(self.studies.splits.get("test", ())) else "val"
-        task, images, train = self.task, self.images(split), self.images("train").still()
-        val = self.images("val") if split != "val" and len(self.studies.splits["val"]) else images
-        metrics, groups = self._metrics(), images.patient_ids
-        predictions = self._predict_all(task.predict, images, "evaluate", progress)
-        references = task.targets(images)
+        task, images = self.task, {split: self.images(split), "train": self.images("train").still()}
+        if split != "val" and len(self.studies.splits["val"]):
+            images["val"] = self.images("val")
+        metrics, left_out = self._metrics()
 
-        def table(outputs: list[Any]) -> dict[str, Any]:
-            return score_all(metrics, outputs, references, groups, seed=self.spec.seed)
+        @functools.cache
+        def said(on: str) -> list[Prediction]:
+            return self._predict_all(task.predict, images[on], "evaluate" if on == split else "validate", progress)
 
-        comparisons = {row: table(made) for row, made in task.floors(train, val, images).items()}
-        for row, predict in task.ablations().items() if ablations else ():
-            comparisons[row] = table(task.outputs(self._predict_all(predict, images, row, progress)))
-        for row, other in (beside or {}).items():
-            other._need_fit()
-            theirs = other._predict_all(other.task.predict, other.images(split), row, progress)
-            comparisons[row] = table(other.task.outputs(theirs))
-        scores = Scores(table(task.outputs(predictions)), comparisons, title=self.spec.name)
-        scores.notes += [f"split: {split}; cleaning: {self.spec.data.cleaning}; references whole"]
-        scores.notes += task.notes(predictions, scores)
+        def other(row: str, predict: Predict, pipeline: Pipeline) -> Callable[[str], list[Any]]:
+            def outputs(on: str) -> list[Any]:
+                shown = images[on] if pipeline is self else pipeline.images(on)
+                return pipeline.task.outputs(pipeline._predict_all(predict, shown, row, progress))
+
+            return outputs
+
+        others = {row: other(row, predict, self) for row, predict in task.ablations().items()} if ablations else {}
+        for row, pipeline in (beside or {}).items():
+            pipeline._need_fit()
+            others[row] = other(row, pipeline.task.predict, pipeline)
+        judged = judge(
+            task, metrics, split, images, said(split), lambda on: task.outputs(said(on)), others,
+            protocol=protocol, subgroups=subgroups,
+        )  # fmt: skip
+        scores, shown = judged.scores, images[split]
+        scores.notes += left_out
         self.folder.mkdir(parents=True, exist_ok=True)
         _write_json(self.folder / "scores.json", scores.to_dict())
-        _write_predictions(self.folder / "predictions.parquet", predictions, references)
-        shown = _spread(len(images), CARDS)
+        write_predictions(
+            self.folder / "predictions.parquet", said(split), judged.references, shown.patient_ids, split
+        )
         report_page(
             self.folder / "report.html",
             title=self.spec.name,
             spec_yaml=self.spec.to_yaml(),
             log=read_log(self.folder),
             scores=scores,
-            studies=task.cards(images.still(shown), [predictions[i] for i in shown], train),
+            studies=task.cards(shown, said(split), images["train"], set(_spread(len(shown), CARDS))),
             facts=self.facts(),
-            notes=[],
+            notes=[f"protocol {scores.protocol}"] if scores.protocol else [],
+            values=judged.each,
+            calibration=judged.calibration,
+            count=len(shown),
+            progress=progress,
         )
         return scores
 
@@ -348,6 +379,36 @@ class Pipeline:
         batches = [collate(samples[i : i + size], task.views) for i in range(0, len(samples), size)]
         found = self._run(task.predict, batches, len(batches), "predict", progress)
         return found if many else found[0]
+
+    def read(self, studies: Sequence[Any]) -> list[Sample]:
+        """Studies decoded as the model takes them; `predict` and `features` take them in place of files.
+
+        Leaves the model alone, so that other threads may read while one predicts.
+
+        Raises:
+            ImageError, DataError: as `predict`.
+        """
+        self._need_fit()
+        return self._samples(studies)
+
+    @torch.no_grad()
+    def features(self, studies: Sequence[Any]) -> NDArray[np.float32]:
+        """(n, D): the encoder's pooled vector of each study, the mean over its views.
+
+        Args:
+            studies: a list, as `predict` takes it.
+        """
+        self._need_fit()
+        task, samples = self.task, self._samples(studies)
+        size, device = self._prediction_batch, next(self.task.encoder.parameters()).device
+        task.eval()
+        found = [np.zeros((0, task.encoder.width), np.float32)]
+        for i in range(0, len(samples), size):
+            batch = collate(samples[i : i + size], task.views).to(device)
+            # Not `task.encode`, which may end before the encoder's last block.
+            pooled = join_views(Task.encode(task, batch), batch.view_mask, "average").pooled
+            found.append(pooled.float().cpu().numpy())
+        return np.concatenate(found)
 
     @torch.no_grad()
     def pictures(self, studies: Any = None, folder: str | Path | None = None, *, progress: bool = False) -> list[Path]:
@@ -407,6 +468,9 @@ class Pipeline:
         mark = self._studies.reader.mark if self._studies is not None else _names_of(self.folder)
         _write_json(folder / "environment.json", environment() | ({"names": mark} if mark else {}))
         _write(folder / "spec.yaml", spec.to_yaml())
+        for name in ("facts.json", "scores.json"):
+            if (self.folder / name).is_file() and self.folder.resolve() != folder.resolve():
+                shutil.copyfile(self.folder / name, folder / name)
         save_trained(self.task, folder / "model.safetensors")
         return folder
 
@@ -433,6 +497,18 @@ class Pipeline:
             return self.save(folder, complete=True)
         return folder
 
+    def card(self, path: str | Path | None = None, *, license: str = "unknown") -> Path:
+        """Writes a model card of the run folder: its parts, data, recipe, scores, floors, subgroups, use and limits.
+
+        Args:
+            path: gets it, as a page where it ends in .html, else in Markdown; README.md of the run folder if None.
+            license: of the weights, as the Hugging Face hub calls it.
+
+        Raises:
+            RunError: nothing was fitted here, or the file cannot be written.
+        """
+        return write_card(self.folder, path, license=license)
+
     def facts(self) -> dict[str, str]:
         """What a reader of a run wants to know beside its scores."""
         count = sum(p.numel() for p in self.task.parameters())
@@ -458,7 +534,9 @@ class Pipeline:
     def _samples(self, studies: Sequence[Any]) -> list[Sample]:
         encoder, task = self.task.encoder, self.task
         return [
-            study_from(
+            value
+            if isinstance(value, Sample)
+            else study_from(
                 value,
                 self.spec.data,
                 channels=encoder.channels,
@@ -486,7 +564,7 @@ class Pipeline:
         return generation.batch_size if generation is not None else self.spec.training.batch_size
 
     def _predict_all(
-        self, predict: Callable[[Batch], list[Prediction]], images: StudyImages, what: str, progress: bool
+        self, predict: Predict, images: StudyImages, what: str, progress: bool
     ) -> list[Prediction]:
         """A prediction a study, in the order of the data set whatever the order in which they are made."""
         size, order = self._prediction_batch, self.task.prediction_order(images)
@@ -495,7 +573,7 @@ class Pipeline:
 
     def _run(
         self,
-        predict: Callable[[Batch], list[Prediction]],
+        predict: Predict,
         batches: Iterable[Batch],
         count: int,
         what: str,
@@ -509,13 +587,14 @@ class Pipeline:
                 found += predict(batch.to(device))
         return found
 
-    def _metrics(self) -> list[Metric]:
+    def _metrics(self) -> tuple[list[Metric], list[str]]:
+        """The spec's metrics that can be computed here, and what is left out."""
         names = self.spec.metrics or [METRICS.settings_of(name)(name=name) for name in self.task.metrics]
         metrics = [METRICS.build(settings) for settings in names]
         for metric in metrics:
             if hasattr(metric, "labels"):
                 metric.labels = list(self.task.labels)
-        return metrics
+        return available(metrics)
 
     def _need_fit(self) -> None:
         if self.fitted:
@@ -543,6 +622,7 @@ class Pipeline:
             _write(self.folder / "spec.yaml", self.spec.to_yaml())
             mark = self.studies.reader.mark
             _write_json(self.folder / "environment.json", environment() | ({"names": mark} if mark else {}))
+            _write_json(self.folder / "facts.json", counts(self.task, self.studies))
             if self.studies.skipped:
                 rows = "".join(json.dumps(row) + "\n" for row in self.studies.skipped)
                 _write(self.folder / "skipped.jsonl", rows)
@@ -636,28 +716,3 @@ def _write(path: Path, text: str) -> None:
 
 def _write_json(path: Path, data: Any) -> None:
     _write(path, json.dumps(data, indent=1) + "\n")
-
-
-def _write_predictions(path: Path, predictions: Sequence[Prediction], references: Sequence[Any]) -> None:
-    import pyarrow as arrow
-    from pyarrow import parquet
-
-    rows = [
-        {
-            "study_id": p.study_id,
-            "text": p.text,
-            "reference": r if isinstance(r, str) else None,
-            "scores": json.dumps(p.scores),
-            "context_positive": p.context.get("positive", []),
-            "context_negative": p.context.get("negative", []),
-            "similarity_positive": p.similarity.get("positive", []),
-            "similarity_negative": p.similarity.get("negative", []),
-            "log_probabilities": p.log_probabilities,
-            "words": [word.text for word in p.words],
-            "word_probabilities": [word.probability for word in p.words],
-        }
-        for p, r in zip(predictions, references, strict=True)
-    ]
-    staged = path.with_name(f".{path.name}.{os.getpid()}")
-    parquet.write_table(arrow.Table.from_pylist(rows), staged)
-    staged.replace(path)

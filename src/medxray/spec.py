@@ -307,6 +307,11 @@ class Spec(Section):
     training: TrainingSpec = TrainingSpec()
     generation: GenerationSpec | None = None
     metrics: list[Part] = Field([], description="names of metrics, in the order of the table")
+    protocol: Literal["full", "r2gen"] | None = Field(
+        None,
+        description="what reports are scored against, while fitting too: full takes references whole, r2gen as the decoder's "
+        "targets, cut at its token limit, as the papers do; full if null",
+    )
 
     @property
     def run_folder(self) -> Path:
@@ -396,6 +401,8 @@ class Spec(Section):
                 fields["metrics"] = (_whole[_list[_union(metrics)]], ...)
         if data.get("generation") is None and "decoder" in sections:
             data["generation"] = {}
+        if data.get("protocol") is not None and "decoder" not in sections:
+            problems.append(f"protocol: not used by task {data['task']!r}, which writes no reports; remove it")
         narrowed_spec = _made("Spec", __base__=cls, **fields)
         try:
             spec = narrowed_spec.model_validate(data)

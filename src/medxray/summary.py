@@ -21,6 +21,7 @@ from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
 from medxray.encoders import ENCODERS, Encoder, freeze
 from medxray.encoders.shapes import shapes_only
+from medxray.metrics import METRICS
 from medxray.pipeline import Pipeline
 from medxray.retrieval.context import context_tokens
 from medxray.spec import Spec
@@ -408,7 +409,7 @@ def diagnose() -> list[str]:
     lines.append(f"torch {torch.__version__}: {device}")
     for name in (
         "torchvision", "transformers", "timm", "numba", "triton", "mamba_ssm", "peft", "bitsandbytes", "faiss", "cv2", "ray",
-        "tensorboard", "gguf",
+        "tensorboard", "gguf", "pycocoevalcap", "highdicom", "fastapi",
     ):  # fmt: skip
         if importlib.util.find_spec(name) is None:
             cure = {
@@ -421,6 +422,9 @@ def diagnose() -> list[str]:
                 "cv2": "pip install 'medxray[opencv]' to read colour of 16 bits a channel",
                 "ray": "pip install 'medxray[scale]' to prepare data on a cluster",
                 "gguf": "pip install gguf to read GGUF language models",
+                "pycocoevalcap": "pip install 'medxray[metrics]' for METEOR",
+                "highdicom": "pip install 'medxray[interchange]' to write DICOM structured reports",
+                "fastapi": "pip install 'medxray[serve]' to answer over HTTP",
             }.get(name, f"pip install {name}")
             lines.append(f"{name}: missing ({cure})")
         else:
@@ -439,6 +443,7 @@ def diagnose() -> list[str]:
         ("math", True),
     ):
         lines.append(f"attention, {name}: {'runs here' if usable else 'needs CUDA'}")
+    lines.append(f"METEOR: {METRICS.get('meteor')().unavailable() or 'runs here'}")
     try:
         from medxray.llm.causal_lm import resolve
 

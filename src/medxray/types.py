@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     import torch
 
 
+_WIDTH = 100
+"""Columns of a printed table."""
+
+
 class MedxrayError(Exception):
     """A mistake in what the library was given: names the thing, what was expected, what was found, what to do."""
 
@@ -46,7 +50,8 @@ class Study(TypedDict):
     `report` is the cleaned target text; `views` are "PA", "AP", "LL" or "unknown", one an image. `indication`, why the
     study was made, and `prior`, the report of the patient's study before, are "" where unknown, or left out.
     `burned_in` is 1 where a header says that annotations are burned into one of the images, 0 where all say that none
-    are, and None, or left out, where that is unknown.
+    are, and None, or left out, where that is unknown. `sex`, `age_band` and `manufacturer` are words of
+    `medxray.data.attributes`, "" where unknown, or left out.
     """
 
     study_id: str
@@ -61,6 +66,9 @@ class Study(TypedDict):
     indication: NotRequired[str]
     prior: NotRequired[str]
     burned_in: NotRequired[int | None]
+    sex: NotRequired[str]
+    age_band: NotRequired[str]
+    manufacturer: NotRequired[str]
 
 
 @dataclass
@@ -249,6 +257,9 @@ class Scores(Mapping[str, Score]):
         comparisons: row name -> metric name -> Score: floors such as "most frequent report".
         notes: sentences that a reader of the table must know.
         title: the row name of `scores` itself.
+        subgroups: attribute such as "sex" -> group such as "female" -> metric name -> Score, the system's own over that
+            group's studies. Of a group with too few studies to be scored the scores are undefined (NaN), with their n.
+        protocol: what the predictions were scored against, in words that begin with its name; "" where there is no choice.
     """
 
     def __init__(
@@ -257,11 +268,18 @@ class Scores(Mapping[str, Score]):
         comparisons: Mapping[str, Mapping[str, Score]] | None = None,
         notes: list[str] | None = None,
         title: str = "model",
+        subgroups: Mapping[str, Mapping[str, Mapping[str, Score]]] | None = None,
+        protocol: str = "",
     ) -> None:
         self.scores = dict(scores)
         self.comparisons = {row: dict(values) for row, values in (comparisons or {}).items()}
         self.notes = list(notes or [])
         self.title = title
+        self.subgroups = {
+            attribute: {group: dict(values) for group, values in groups.items()}
+            for attribute, groups in (subgroups or {}).items()
+        }
+        self.protocol = protocol
 
     def __getitem__(self, metric: str) -> Score:
         return self.scores[metric]
@@ -281,32 +299,53 @@ class Scores(Mapping[str, Score]):
         """Plain values for `scores.json`; what is undefined is None, since JSON knows no NaN."""
         return {
             "title": self.title,
+            "protocol": self.protocol,
             "scores": _plain(self.scores),
             "comparisons": {row: _plain(values) for row, values in self.comparisons.items()},
             "notes": self.notes,
+            "subgroups": {
+                attribute: {group: _plain(values) for group, values in groups.items()}
+                for attribute, groups in self.subgroups.items()
+            },
         }
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Scores:
-        """The inverse of `to_dict`."""
+        """The inverse of `to_dict`; a file of before may lack subgroups and protocol."""
         rows = {row: _scores(values) for row, values in data["comparisons"].items()}
-        return cls(_scores(data["scores"]), rows, data["notes"], data["title"])
+        subgroups = {
+            attribute: {group: _scores(values) for group, values in groups.items()}
+            for attribute, groups in data.get("subgroups", {}).items()
+        }
+        return cls(_scores(data["scores"]), rows, data["notes"], data["title"], subgroups, data.get("protocol", ""))
 
     def __str__(self) -> str:
-        """A metric a line; what the system is compared with without intervals, so that a terminal holds the table."""
-        columns = [["", *self.scores], [self.title, *map(str, self.scores.values())]]
-        columns += [
-            [row, *(f"{values[m].value:.3f}" if m in values else "" for m in self.scores)]
-            for row, values in self.comparisons.items()
-        ]
+        """For a terminal of 100 columns: a metric a line, and where there is something to compare its intervals below. Rows
+        that find no place beside the others stand under them."""
+        stacked = bool(self.comparisons) and any(s.low == s.low for row in self.rows.values() for s in row.values())
+
+        def cells(values: Mapping[str, Score]) -> Iterator[str]:
+            for metric in self.scores:
+                value, _, interval = str(values.get(metric, "")).partition(" ")
+                yield from (value, interval) if stacked else (" ".join(filter(None, (value, interval))),)
+
+        names = [line for metric in self.scores for line in ((metric, "") if stacked else (metric,))]
+        columns = [["", *names], *([row, *cells(values)] for row, values in self.rows.items())]
         headers = [textwrap.wrap(column[0], 14, break_long_words=False) for column in columns]
         height = max(map(len, headers))
-        cells = [[""] * (height - len(header)) + header + column[1:] for header, column in zip(headers, columns, strict=True)]
-        padded = [[cell.ljust(max(map(len, column))) for cell in column] for column in cells]
-        lines = ["  ".join(line).rstrip() for line in zip(*padded, strict=True)]
+        filled = [[""] * (height - len(header)) + header + column[1:] for header, column in zip(headers, columns, strict=True)]
+        first, *padded = [[cell.ljust(max(map(len, column))) for cell in column] for column in filled]
+        blocks = [[first]]
+        for column in padded:
+            if len(blocks[-1]) > 1 and sum(len(known[0]) + 2 for known in blocks[-1]) + len(column[0]) > _WIDTH:
+                blocks.append([first])
+            blocks[-1].append(column)
+        lines = ["  ".join(line).rstrip() for block in blocks for line in zip(*block, strict=True)]
         n = max((score.n for score in self.scores.values()), default=0)
         told = "; 95 % intervals by bootstrap over patients" if any(s.low == s.low for s in self.scores.values()) else ""
-        lines.append(f"n = {n} studies{told}")
-        return "\n".join(lines + self.notes)
+        notes = [f"n = {n} studies{told}", *([f"protocol {self.protocol}"] if self.protocol else []), *self.notes]
+        for note in notes:
+            lines += textwrap.wrap(note, _WIDTH, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
+        return "\n".join(lines)
 
     __repr__ = __str__

@@ -71,6 +71,8 @@ def test_studies_as_published(tmp_path: Path) -> None:
     assert second["images"] == [f"{folder}/view1_frontal.jpg", f"{folder}/view2_lateral.jpg"]
     assert second["views"] == ["PA", "LL"] and second["report"] == second["findings"] == second["impression"] == ""
     assert studies["patient00005_study1"]["labels"]["Cardiomegaly"] == 0
+    assert (second["sex"], second["age_band"]) == ("female", "80+")
+    assert studies["patient00005_study1"]["sex"] == "male"
 
 
 @pytest.mark.parametrize("prefix", ["CheXpert-v1.0-small/", "CheXpert-v1.0/", ""])

@@ -412,12 +412,13 @@ def test_header_of_dicom(tmp_path: Path, write_dicom: Write) -> None:
     code.CodeMeaning = "postero-anterior"
     path = write_dicom(
         tmp_path / "x.dcm", array, 12, Manufacturer="Drawn", BurnedInAnnotation="NO", ViewPosition="AP",
-        PhotometricInterpretation="MONOCHROME1", PatientName="Doe^Jane",
+        PhotometricInterpretation="MONOCHROME1", PatientName="Doe^Jane", PatientSex="F", PatientAge="093Y",
     )  # fmt: skip
     header = read_header(path)
     assert (header.width, header.height, header.bits, header.format, header.frames) == (30, 20, 12, "DICOM", 1)
     assert (header.photometric, header.manufacturer, header.view) == ("MONOCHROME1", "Drawn", "AP")
     assert header.burned_in is False and "Doe" not in repr(header)
+    assert (header.sex, header.age_band) == ("female", "80+") and "93" not in repr(header)
     other = read_header(write_dicom(tmp_path / "y.dcm", array, 12, ViewCodeSequence=[code], BurnedInAnnotation="YES"))
     assert other.view == "PA" and other.burned_in is True
     bare = read_header(write_dicom(tmp_path / "z.dcm", array, 12, ViewPosition="LLD"))

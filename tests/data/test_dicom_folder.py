@@ -514,6 +514,23 @@ def test_a_basic_text_report_without_containers(tmp_path: Path) -> None:
     assert structured_report(tmp_path / "sr").text == "FINDINGS:\nClear.\n\nIMPRESSION:\nNormal."
 
 
+def test_sex_age_band_and_manufacturer(tmp_path: Path) -> None:
+    told: dict[str, list[dict[str, Any]]] = {
+        "a": [{"PatientSex": "F", "PatientAge": "064Y", "Manufacturer": "SIEMENS"}, {"Manufacturer": "Siemens AG"}],
+        "b": [{"PatientSex": "M", "PatientBirthDate": "19540331", "StudyDate": "20190330", "Manufacturer": "Doe, John"}],
+        "c": [{"PatientSex": "X", "PatientAge": "unknown", "PatientBirthDate": "1954"}],
+        "d": [{"PatientSex": "F", "Manufacturer": "Canon"}, {"PatientSex": "M", "Manufacturer": "Agfa"}],
+    }
+    for name, images in told.items():
+        for i, fields in enumerate(images):
+            dicom(tmp_path / name / str(i), StudyInstanceUID=uid(name), PatientID=name, **fields)
+    expected = {"a": ("female", "40-64", "Siemens"), "b": ("male", "40-64", "other"), "c": ("",) * 3, "d": ("",) * 3}
+    for _ in range(2):  # the second time out of the index
+        studies = by_folder(tmp_path)
+        assert {name: (s["sex"], s["age_band"], s["manufacturer"]) for name, s in studies.items()} == expected
+    assert not any(word in str(studies) for word in ("064Y", "1954", "2019", "Doe"))
+
+
 def test_burned_in(tmp_path: Path) -> None:
     for name, marks in {"a": ["YES", "NO"], "b": ["NO", "NO"], "c": ["NO", None], "d": [None]}.items():
         for i, mark in enumerate(marks):

@@ -84,7 +84,10 @@ def test_official_layout(tmp_path: Path, table: str, folders: int, packed: bool)
         report="",
         labels={label: int(label in ("Cardiomegaly", "Emphysema")) for label in LABELS},
         split=two["split"],
+        sex="male",
+        age_band="40-64",
     )
+    assert studies["00000003_000"]["sex"] == "female" and studies["00000004_000"]["age_band"] == "80+"
     assert studies["00000002_000"]["labels"]["No Finding"] == 1 and studies["00000002_000"]["views"] == ["AP"]
     assert studies["00000004_000"]["split"] == "test"
     assert len(LABELS) == 15 and all(list(study["labels"]) == list(LABELS) for study in studies.values())

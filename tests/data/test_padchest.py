@@ -105,6 +105,9 @@ def test_official_layout(tmp_path: Path, place: str, packed: bool) -> None:
         report=REPORT.strip(),
         labels={"No Finding": 0, "cardiomegaly": 1, "chilaiditi's sign": 0, "pleural effusion": 1},
         split=split_of("p1"),
+        sex="female",
+        age_band="80+",
+        manufacturer="",
     )
     assert studies["s2"]["views"] == ["AP"] and studies["s2"]["labels"]["No Finding"] == 1
     assert studies["s4"]["labels"]["chilaiditi's sign"] == 1
@@ -128,8 +131,11 @@ def test_loads_as_studies(tmp_path: Path) -> None:
 
 
 def test_no_date_is_kept(tmp_path: Path) -> None:
-    kept = json.dumps(list(PadChest(layout(tmp_path)).read()))
+    rows = [row | {"Manufacturer_DICOM": "PhilipsMedicalSystems" if i else "Dr. 1931"} for i, row in enumerate(ROWS)]
+    studies = list(PadChest(layout(tmp_path, rows)).read())
+    kept = json.dumps(studies)
     assert DATE not in kept and "2014" not in kept and "1931" not in kept
+    assert [study["manufacturer"] for study in studies] == ["", "Philips", "Philips", "Philips"], "s1 has images of two makers"
 
 
 def test_settings_choose_studies(tmp_path: Path) -> None:

@@ -145,7 +145,7 @@ def test_shards_hold_every_text_name_label_and_view(source: Path, tmp_path: Path
     assert [split for split, rows in after.splits.items() for _ in rows] == [s["split"] for s in rows_of(before)]
     for old, new in zip(rows_of(before), rows_of(after), strict=True):
         assert {k: v for k, v in old.items() if k != "images"} == {k: v for k, v in new.items() if k != "images"}
-        assert old["prior"] == "before" and old["indication"]
+        assert old["prior"] == "before" and old["indication"] and old["sex"] and old["age_band"]
         assert len(old["images"]) == len(new["images"])
     reader = next(iter(Parquet(tmp_path / "out").read()))
     assert set(reader) >= set(before.splits["train"].column_names)

@@ -55,8 +55,24 @@ def test_rows_of_a_study_are_grouped_frontal_first(tmp_path: Path) -> None:
         split="train",
         indication="",
         prior="",
+        sex="",
+        age_band="",
+        manufacturer="",
     )
     assert b["split"] == "val" and b["views"] == ["AP"] and b["labels"] == {"Effusion": 1, "Mass": -1}
+
+
+def test_sex_age_and_manufacturer_are_kept_as_groups(tmp_path: Path) -> None:
+    root = table(
+        tmp_path,
+        "path,study_id,sex,age,manufacturer,Edema\n"
+        "a0,a,F,90,GE Healthcare,1\na1,a,F,91,GE Healthcare,1\nb,b,M,17,,0\nc,c,,,My Company,0\n",
+    )
+    a, b, c = CSV(root).read()
+    assert (a["sex"], a["age_band"], a["manufacturer"]) == ("female", "80+", "GE")
+    assert (b["sex"], b["age_band"], b["manufacturer"]) == ("male", "0-17", "")
+    assert (c["sex"], c["age_band"], c["manufacturer"]) == ("", "", "other")
+    assert "90" not in str(a) and list(a["labels"]) == ["Edema"]
 
 
 def test_only_path_and_study_are_needed(tmp_path: Path) -> None:

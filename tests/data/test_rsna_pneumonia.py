@@ -5,9 +5,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import pydicom
 import pytest
 
 from medxray.data import load_studies
+from medxray.data.attributes import age_band_of
 from medxray.data.phantom import generate
 from medxray.data.readers import READERS, split_of
 from medxray.data.readers.rsna_pneumonia import RSNAPneumonia
@@ -87,6 +89,9 @@ def test_official_layout(root: Path) -> None:
         report="",
         labels={"Pneumonia": 1, "Lung Opacity": 1, "No Lung Opacity / Not Normal": 0, "No Finding": 0},
         split=split_of(NAMES[3]),
+        sex="",
+        age_band="",
+        manufacturer="",
     )
     assert studies[NAMES[1]]["labels"]["No Finding"] == 1 and studies[NAMES[1]]["labels"]["Pneumonia"] == 0
     assert studies[NAMES[2]]["labels"]["No Lung Opacity / Not Normal"] == 1
@@ -128,6 +133,10 @@ def test_views_from_headers(root: Path, dicoms: list[Path]) -> None:
     studies = list(RSNAPneumonia(root, headers=True).read())
     assert [study["views"] for study in studies] == [[path.stem[-2:]] for path in dicoms[:9]]
     assert {view for study in studies for view in study["views"]} == {"PA", "AP"}
+    headers = [pydicom.dcmread(path, stop_before_pixels=True) for path in dicoms[:9]]
+    assert [study["sex"][0].upper() for study in studies] == [header.PatientSex for header in headers]
+    assert [study["age_band"] for study in studies] == [age_band_of(header.PatientAge) for header in headers]
+    assert {study["manufacturer"] for study in studies} == {""}
 
 
 def test_errors_name_what_is_wrong(root: Path) -> None:

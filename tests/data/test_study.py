@@ -263,3 +263,23 @@ def test_features_describe_a_study() -> None:
     row = {key: "" for key in FEATURES} | {"images": ["a"], "views": ["PA"], "labels": {"Mass": None}, "burned_in": None}
     rows = Dataset.from_list([row], features=features_of(["Mass"]))
     assert rows[0] == row
+
+
+def test_attributes_of_the_studies(tmp_path: Path) -> None:
+    lines = ["path,study_id,view,split,sex,age"]
+    rows = [("a", "LL", "F", "20"), ("a", "PA", "F", "20"), ("b", "AP", "M", ""), ("c", "", "", "70"), ("d", "PA", "M", "70")]
+    for i, (study, view, sex, age) in enumerate(rows):
+        Image.new("L", (20, 20)).save(tmp_path / f"{i}.png")
+        lines.append(f"{i}.png,{study},{view},train,{sex},{age}")
+    (tmp_path / "studies.csv").write_text("\n".join(lines))
+    images = images_of(tmp_path, data_spec(tmp_path))
+    assert images.attributes == {
+        "sex": ["female", "male", "", "male"],
+        "age": ["18-39", "", "65-79", "65-79"],
+        "view": ["PA+LL", "AP", "", "PA"],
+        "manufacturer": [""] * 4,
+    }
+    assert images.still([3, 0]).attributes["sex"] == ["male", "female"]
+    assert images.still([3, 0]).attributes["view"] == ["PA", "PA+LL"]
+    single = images_of(tmp_path, data_spec(tmp_path, views="single"))
+    assert single.attributes["view"] == ["PA", "AP", "", "PA"], "views that nobody looks at tell nothing"

@@ -41,7 +41,7 @@ def cards(pipeline: medxray.Pipeline, rows: list[int]) -> list[Any]:
     images = pipeline.images("val").still(rows)
     with torch.no_grad():
         predictions = [p for batch in images.batches(2) for p in pipeline.task.predict(batch)]
-    return pipeline.task.cards(images, predictions, pipeline.images("train").still())
+    return list(pipeline.task.cards(images, predictions, pipeline.images("train").still(), range(len(rows))))
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +49,8 @@ def averaged(phantom: Path, tmp_path_factory: pytest.TempPathFactory) -> medxray
     return fitted(phantom, tmp_path_factory.mktemp("explained") / "run")
 
 
-def test_the_run_folder_tells_of_words_and_context(averaged: medxray.Pipeline) -> None:
+def test_the_run_folder_tells_of_words_and_context(averaged: medxray.Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("medxray.pipeline.CARDS", 2)
     averaged.evaluate("val")
     rows = parquet.read_table(averaged.folder / "predictions.parquet").to_pylist()
     assert any(row["words"] for row in rows)
@@ -58,7 +59,11 @@ def test_the_run_folder_tells_of_words_and_context(averaged: medxray.Pipeline) -
         assert all(0 < p <= 1 for p in row["word_probabilities"])
         assert len(row["similarity_positive"]) == 2 and len(row["similarity_negative"]) == 1
     page = (averaged.folder / "report.html").read_text(encoding="utf-8")
-    assert page.count('class="heat"') >= 2 and 'class="word w0"' in page
+    # Every study has a card, and so many of them, which cost a pass each, maps and words.
+    lines = [line for line in page.splitlines() if 'type="text/html" id="s' in line]
+    assert len(lines) == len(rows) > 2
+    assert sum('class="heat"' in line for line in lines) == sum('class="word w0"' in line for line in lines) == 2
+    assert all('class="context"' in line and "data-score=" in line for line in lines)
 
 
 def test_words_of_a_notebook_user_have_the_tokens_probabilities(averaged: medxray.Pipeline, phantom: Path) -> None:

@@ -7,7 +7,18 @@ import xml.etree.ElementTree as ET
 import pytest
 
 from medxray.types import Score
-from medxray.visual.charts import Series, bar, interval_chart, interval_strip, line_chart, number, training_curves
+from medxray.visual.charts import (
+    Series,
+    bar,
+    difference_chart,
+    interval_chart,
+    interval_strip,
+    line_chart,
+    lower_is_better,
+    number,
+    reliability_chart,
+    training_curves,
+)
 
 NAN = math.nan
 SVG = "{http://www.w3.org/2000/svg}"
@@ -77,7 +88,7 @@ def test_training_curves():
         "series plain",
         "series dotted",
     ]
-    assert training_curves([]) == []
+    assert training_curves([]) == [] == training_curves([{"step": 1, "eval_auroc/Edema": 0.5}])
 
 
 def test_names_are_escaped():
@@ -139,3 +150,47 @@ def test_of_errors_the_least_floor_is_the_one_to_beat():
     least = next(p for p in root.iter(SVG + "path") if p.get("class") == "least")
     x = list(root.iter(SVG + "circle"))[1].get("cx")
     assert least.get("d").startswith(f"M{float(x):.1f} ")
+
+
+def test_a_forest_plot_has_a_dot_a_row_beside_the_line_of_no_difference():
+    rows = {
+        "ours & theirs": Score(0.2, 0.1, 0.3, 9), "worse": Score(-0.1, -0.15, -0.05, 9), "open": Score(0.0, -0.1, 0.1, 9),
+        "alone": Score(0.1, NAN, NAN, 9), "lost": Score(NAN, NAN, NAN, 9),
+    }  # fmt: skip
+    better = {"ours & theirs": True, "worse": False, "open": None}
+    root = svg(difference_chart("bleu-4", rows, better, {"open": "p 0.9"}))
+    texts = [t.text for t in root.iter("text")]
+    assert set(rows) <= set(texts) and "p 0.9" in texts and "0.0" in texts
+    dots = {g.findtext("title").rpartition(":")[0]: g for g in root.iter("g")}
+    assert {name: g.get("class") for name, g in dots.items()} == {
+        "ours & theirs": "apart better", "worse": "apart worse", "open": "apart open", "alone": "apart open",
+    }  # fmt: skip
+    (zero,) = (float(re.match(r"M([\d.]+)", p.get("d"))[1]) for p in root.iter("path") if p.get("class") == "axis")
+    at = {name: float(g.find("circle").get("cx")) for name, g in dots.items()}
+    assert at["worse"] < zero == at["open"] < at["alone"] < at["ours & theirs"]
+    assert [g.find("path") is None for g in dots.values()] == [False, False, False, True]
+    assert circles(difference_chart("one", {"same": Score(0.0, 0.0, 0.0, 9)}, {}, {})) == 1
+    assert circles(difference_chart("none", {"lost": rows["lost"]}, {}, {})) == 0
+    cut = svg(difference_chart("long", {"a" * 60: rows["open"]}, {}, {}))
+    assert next(t.text for t in cut.iter("text") if t.get("class") == "row") == "a" * 27 + "…"
+
+
+def test_a_reliability_curve_lies_on_the_diagonal_where_probabilities_hold():
+    bins = [(0.1, 0.1, 0.05, 0.2, 100), (0.5, 0.5, 0.3, 0.7, 25), (0.9, 0.7, 0.6, 0.8, 25)]
+    drawn = svg(reliability_chart("<Edema>", bins))
+    x, y, radius = ([float(c.get(key, "")) for c in drawn.iter("circle")] for key in ("cx", "cy", "r"))
+    (diagonal,) = [p.get("d", "") for p in drawn.iter("path") if p.get("stroke-dasharray")]
+    left, bottom, right, top = map(float, re.findall(r"[\d.]+", diagonal))
+    on_it = [bottom + (top - bottom) * (place - left) / (right - left) for place in x]
+    assert y[:2] == pytest.approx(on_it[:2], abs=0.15) and y[2] > on_it[2] + 10, "overconfident is below"
+    assert radius[0] > radius[1] == radius[2]
+    whiskers = [p.get("d", "") for g in drawn.iter("g") for p in g.iter("path")]
+    low, high = (float(value) for value in re.findall(r"[\d.]+", whiskers[2])[1:])
+    assert high < y[2] < low
+    assert "ECE 0.033, 150 probabilities" in drawn.get("aria-label", "")
+    assert "no studies" in reliability_chart("Edema", [])
+
+
+def test_errors_are_better_when_lower():
+    names = ("ece", "brier/Edema", "loss", "reconstruction-error", "auroc", "bleu-4", "auroc/ece", "f1/loss of volume")
+    assert [lower_is_better(name) for name in names] == [True] * 4 + [False] * 4

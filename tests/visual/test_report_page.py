@@ -1,34 +1,58 @@
 """The page: complete, self-contained, escaped, small, and honest in its verdict."""
 
+import base64
+import hashlib
 import html.parser
+import json
 import math
 import os
 import re
+import weakref
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from medxray.metrics import per_finding
 from medxray.types import MedxrayError, RunError, Score, Scores
 from medxray.visual import ContextCard, StudyCard
 from medxray.visual.attention import ACROSS, EDGE, heat_sheet
 from medxray.visual.report_page import report_page
+from medxray.visual.study_list import LARGEST
 
-EVIL = "<script>alert(1)</script> \" ' & </pre>"
+EVIL = "<script>alert(1)</script> <!-- \" ' & </pre> \u2028 </SCRIPT \ud800"
 VOID = {"meta", "img", "br", "rect", "path", "circle", "input"}
 
 
 class Page(html.parser.HTMLParser):
-    """Reads a page, holding it to closed elements."""
+    """Reads a page, and the cards in its blocks, holding them to closed elements.
+
+    Attributes:
+        elements, text: of the page and its cards.
+        marks: kind -> texts, of the cards.
+        blocks: name -> what a script element that does not run holds.
+        scripts: those that run.
+    """
 
     def __init__(self, text: str) -> None:
         super().__init__()
         self.open: list[str] = []
         self.elements: list[tuple[str, dict[str, str | None]]] = []
         self.text = ""
-        self.marks: dict[str, list[str]] = {"shared": [], "missed": []}
+        self.marks: dict[str, list[str]] = {kind: [] for kind in ("agreed", "differs", "missed", "unsupported")}
+        self.blocks: dict[str, str] = {}
+        self.scripts: list[str] = []
         self.feed(text)
+        self.marks = {kind: [] for kind in self.marks}  # those of the legend
+        for name, block in list(self.blocks.items()):
+            if name != "index":
+                self.feed(block)
         assert not self.open
+
+    @property
+    def index(self) -> dict[str, Any]:
+        return json.loads(self.blocks["index"])
 
     def handle_starttag(self, tag, attrs):
         self.elements.append((tag, dict(attrs)))
@@ -42,9 +66,15 @@ class Page(html.parser.HTMLParser):
             assert self.open.pop() == tag
 
     def handle_data(self, data):
-        if "style" not in self.open:
+        if "script" in self.open:
+            name = self.elements[-1][1].get("id")
+            if name:
+                self.blocks[name] = self.blocks.get(name, "") + data
+            else:
+                self.scripts.append(data)
+        elif "style" not in self.open:
             self.text += data
-        if self.open and self.open[-1] == "mark":
+        if "mark" in self.open:
             kind = next(a["class"] for t, a in reversed(self.elements) if t == "mark")
             self.marks[kind][-1] += data
 
@@ -92,19 +122,35 @@ def test_everything_given_is_shown_escaped_and_nothing_is_fetched(tmp_path):
         facts={EVIL: EVIL},
         notes=[EVIL],
     )
-    assert found.count("script") == 0 and found.text.count(EVIL) > 20
+    # Nothing but the page's own script, two contexts' reports, one's image, the card and the index is a script element.
+    assert len(found.scripts) == 1 and set(found.blocks) == {"s0", "r0", "r1", "c0", "index"}
+    shown = EVIL.replace("\ud800", "?")
+    assert found.text.count(shown) > 20
+    assert found.index["ids"] == [EVIL] and found.index["texts"] == [[EVIL, f"{EVIL} x"]] and EVIL in found.index["scores"]
     assert found.count("img") == 3
     for tag, attributes in found.elements:
+        assert not any(name.startswith("on") for name in attributes)
         for name in ("src", "href", "action", "srcset"):
             value = attributes.get(name)
-            assert value is None or value.startswith(("data:image/png;base64,", "#")), (tag, value)
+            assert value is None or value.startswith(("data:image/webp;base64,", "#")), (tag, value)
     text = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert not re.search(r"@import|url\(|<link", text)
     assert "Research use only. Not a medical device." in found.text
 
 
+def test_the_policy_lets_only_the_pages_own_script_run(tmp_path):
+    found = page(tmp_path, studies=[study("a", "b")])
+    (policy,) = (a["content"] for t, a in found.elements if a.get("http-equiv") == "Content-Security-Policy")
+    digest = base64.b64encode(hashlib.sha256(found.scripts[0].encode()).digest()).decode()
+    assert f"script-src 'sha256-{digest}'" in policy and "default-src 'none'" in policy and "http" not in policy
+    assert "unsafe-eval" not in policy and policy.count("unsafe-inline") == 1
+    empty = page(tmp_path)
+    assert not empty.scripts and not any("script-src" in (a.get("content") or "") for _, a in empty.elements)
+
+
 def test_an_empty_run_has_a_page(tmp_path):
-    assert "Not evaluated yet." in page(tmp_path).text
+    found = page(tmp_path)
+    assert "Not evaluated yet." in found.text and found.count("script") == 0 and "needs a script" not in found.text
 
 
 @pytest.mark.parametrize(
@@ -156,24 +202,76 @@ def test_table_has_every_row_with_intervals_and_leaves_undefined_ones_open(tmp_p
         assert expected in found.text
 
 
-def test_marks_show_what_both_texts_say_and_what_the_prediction_lacks(tmp_path):
+def test_sentences_are_marked_by_what_the_other_report_says(tmp_path):
     card = study(
-        "No effusion. The heart is mildly enlarged . (Lungs) are clear",
-        "the heart is normal . no effusion . the lungs are clear today",
-    )
-    marks = page(tmp_path, studies=[card]).marks
-    assert marks["shared"][1:] == ["the heart is", "no effusion", "lungs are clear"]
-    assert marks["missed"][1:] == ["mildly enlarged"]
-
-
-@pytest.mark.parametrize(("reference", "prediction", "missed"), [("a b c .", "a b c", []), ("a b .", " . ", ["a b"])])
-def test_marks_of_equal_and_wordless_texts(tmp_path, reference, prediction, missed):
-    assert page(tmp_path, studies=[study(reference, prediction)]).marks["missed"][1:] == missed
+        "No effusion. There is cardiomegaly. Left pneumothorax.",
+        "heart is enlarged . right pneumothorax . edema . midline trachea",
+    )  # fmt: skip
+    found = page(tmp_path, studies=[card])
+    assert found.marks == {
+        "agreed": ["There is cardiomegaly.", "heart is enlarged ."],
+        "differs": ["Left pneumothorax.", "right pneumothorax ."],
+        "missed": [],
+        "unsupported": ["edema ."],
+    }
+    assert "agreed" in found.text and "unsupported" in found.text
+    assert found.index["findings"] == ["Cardiomegaly", "Edema", "Pneumothorax"] and found.index["flags"] == ["ahw"]
+    assert found.index["scores"] == {"findings missed": [0.0], "findings hallucinated": [1.0]}
 
 
 def test_a_prediction_without_reference_is_not_marked(tmp_path):
-    found = page(tmp_path, studies=[study("", "lungs are clear .")])
-    assert "lungs are clear ." in found.text and found.count("mark") == 0
+    found = page(tmp_path, studies=[study("", "There is edema .")])
+    assert "There is edema ." in found.text and found.count("mark") == 0
+
+
+def test_bars_and_filters_of_findings_are_those_of_the_metric(tmp_path):
+    references = ["edema .", "left pleural effusion .", "clear lungs .", "edema . cardiomegaly .", "pneumonia ."]
+    predictions = ["edema .", "right pleural effusion .", "edema .", "no edema .", ""]
+    found = page(tmp_path, studies=[study(r, p) for r, p in zip(references, predictions, strict=True)])
+    rows = {row.name: row for row in per_finding(predictions, references)}
+    links = {(a["data-finding"], a["data-kind"]): a for t, a in found.elements if t == "a" and "data-kind" in a}
+    index = found.index
+    for name, row in rows.items():
+        letters = [flags[index["findings"].index(name)] for flags in index["flags"]] if name in index["findings"] else []
+        counts = {"aw": row.hits, "w": row.wrong_side, "m": row.misses, "h": row.hallucinations}
+        for kind, count in counts.items():
+            assert sum(letter in kind for letter in letters) == count, (name, kind)
+            assert ((name, kind) in links) == (count > 0)
+        if letters:
+            said = f"{row.hits} found, {row.wrong_side} wrong side, {row.misses} missed, {row.hallucinations} hallucinated"
+            assert any(a.get("aria-label") == f"{name}: {said}" for _, a in found.elements)
+
+
+def test_each_score_has_a_histogram_whose_columns_hold_all_studies(tmp_path):
+    values = {"rouge-l": np.linspace(0, 1, 50), "cider": [math.nan] * 49 + [1.0], "even": [0.5] * 50}
+    found = page(tmp_path, studies=[study("", f"text {i}") for i in range(50)], values=values)
+    assert [a["data-score"] for t, a in found.elements if t == "div" and "data-score" in a] == ["rouge-l"]
+    columns = [(float(a["data-low"]), float(a["data-high"]), "data-last" in a) for t, a in found.elements if "data-low" in a]
+    counted = [sum(low <= v and (v < high or last) for v in found.index["scores"]["rouge-l"]) for low, high, last in columns]
+    assert sum(counted) == 50 and all(counted) and len(columns) == 30
+    assert found.index["scores"]["cider"] == [None] * 49 + [1.0]
+    # What no study has is nothing to sort by.
+    nothing = page(tmp_path, studies=[study("", "text")], values={"meteor": [math.nan]})
+    assert not any(a.get("value") == "meteor" for t, a in nothing.elements if t == "option")
+
+
+def test_labels_are_filters_and_their_probabilities_scores(tmp_path):
+    cards = [
+        StudyCard("a", [], [], scores={"Edema": 0.9, "Nodule": 0.2}, labels={"Edema": 1, "Nodule": -1}),
+        StudyCard("b", [], [], scores={"Edema": 0.3, "Nodule": 0.2}, labels={"Edema": 0, "Nodule": None}),
+    ]
+    found = page(tmp_path, studies=cards, calibration=["<figure>as told</figure>"])
+    assert found.index["flags"] == ["pu", "n."] and found.index["scores"]["Edema"] == [0.9, 0.3]
+    assert found.index["scores"]["brier"] == pytest.approx([0.01, 0.09])
+    assert "as told" in found.text and "Calibration" in found.text and "hallucinated" not in found.text
+
+
+def test_subgroups_have_a_table_an_attribute(tmp_path):
+    groups = {"sex": {"female": {"auroc": s(0.7)}, "male": {"auroc": s(0.9)}}, "view": {"AP": {"auroc": s(math.nan)}}}
+    found = page(tmp_path, scores=Scores({"auroc": s(0.8)}, subgroups=groups))
+    assert found.count("table") == 3
+    for expected in ("by sex", "female, 50 studies", "0.700", "by view", "AP, 50 studies", "undefined"):
+        assert expected in found.text
 
 
 def explained(**settings) -> StudyCard:
@@ -190,19 +288,19 @@ def explained(**settings) -> StudyCard:
 
 def test_each_word_shows_its_probability_and_chooses_its_own_map(tmp_path):
     found = page(tmp_path, studies=[explained(), explained()])
-    words = [a for tag, a in found.elements if tag == "label" and a["class"].startswith("word")]
+    words = [a for tag, a in found.elements if tag == "label" and (a.get("class") or "").startswith("word")]
     assert [a["class"] for a in words] == [f"word w{i}" for i in range(6)] * 2
     doubts = ["--doubt:0.10", "--doubt:0.75", "--doubt:0.00", "--doubt:0.50", None, "--doubt:1.00"]
     assert [a.get("style") for a in words[:6]] == doubts
     assert words[1]["title"] == "25%" and words[4].get("title") is None
-    radios = [a for tag, a in found.elements if tag == "input"]
+    radios = [a for tag, a in found.elements if tag == "input" and a["type"] == "radio"]
     assert len({a["name"] for a in radios}) == 2 and len(radios) == 14 and sum("checked" in a for a in radios) == 2
     assert "the heart is <b> & clear." in found.text and "map of findings" in found.text
     # Every word has a rule by which its tile comes, chosen or pointed at; rules for more words are not there.
     text = (tmp_path / "report.html").read_text(encoding="utf-8")
     for state in (">:checked", ":hover"):
         assert f"article:has(.w5{state}){{--x:6;--y:0}}" in text and f".w6{state}" not in text
-    assert found.count("script") == 0 and not re.search(r"url\(", text)
+    assert not re.search(r"url\(", text)
 
 
 def test_a_sheet_holds_the_map_of_findings_and_then_that_of_each_word():
@@ -238,7 +336,7 @@ def test_attention_that_is_no_map_of_words_is_named():
 
 def test_what_a_decoder_does_not_tell_is_left_out(tmp_path):
     bare = page(tmp_path, studies=[explained(attention=[], remark="no map")])
-    assert bare.count("input") == 0 and "no map" in bare.text
+    assert not any(a.get("type") == "radio" for _, a in bare.elements) and "no map" in bare.text
     assert sum(a.get("class", "").startswith("word") for t, a in bare.elements if t == "span") == 6
     silent = page(tmp_path, studies=[explained(attention=[], confidence=[])])
     assert "probability" not in silent.text and "the heart is <b> & clear." in silent.text
@@ -251,7 +349,10 @@ def test_what_a_decoder_does_not_tell_is_left_out(tmp_path):
 def test_how_near_a_context_study_is(tmp_path):
     context = [ContextCard("a", "diseased", None, "x", 0.8768), ContextCard("b", "normal", None, "y")]
     found = page(tmp_path, studies=[study("a", "b", context=context)])
-    assert found.text.count("diseased 0.877") == 2 and "cosine" in found.text
+    assert found.text.count("diseased 0.877") == 2 and "cosine" in found.text and "no image" in found.text
+    # Another study that draws the same ones adds neither image nor report.
+    twice = page(tmp_path, studies=[study("a", "b", context=context)] * 2)
+    assert set(twice.blocks) == {"s0", "s1", "r0", "r1", "index"}
     assert "cosine" not in page(tmp_path, studies=[study("a", "b", context=context[1:])]).text
 
 
@@ -260,14 +361,33 @@ def test_24_studies_of_large_images_stay_small(tmp_path):
     shade = np.linspace(0, 1, 512, dtype=np.float32)
     images = [np.outer(shade, shade) + rng.normal(0, 0.02, (512, 512)).astype(np.float32) for _ in range(4)]
     context = [ContextCard(str(i), "normal", images[i % 4], "lungs are clear .") for i in range(6)]
-    two, four = ([study("a", "b", context=context) for _ in range(24)] for _ in range(2))
-    for cards, count in ((two, 2), (four, 4)):
-        for card in cards:
-            card.images, card.captions = images[:count], ["input"] * count
-            card.prediction, card.confidence = "word " * 100, [0.5] * 100
-            card.attention = [rng.random((100, 14, 14), np.float32) ** 8 for _ in range(count)]
-        assert page(tmp_path, studies=cards).count("article") == 24
-        assert (tmp_path / "report.html").stat().st_size < 6e6
+    cards = [study("a", "b", context=context) for _ in range(24)]
+    for card in cards:
+        card.images, card.captions = images, ["input"] * 4
+        card.prediction, card.confidence = "word " * 100, [0.5] * 100
+        card.attention = [rng.random((100, 14, 14), np.float32) ** 8 for _ in range(4)]
+    assert len(page(tmp_path, studies=cards).index["ids"]) == 24
+    assert (tmp_path / "report.html").stat().st_size < 6e6
+
+
+def test_the_more_studies_the_smaller_their_images_and_none_is_held(tmp_path):
+    made = []
+
+    def cards(count):
+        for i in range(count):
+            made.append(weakref.ref(image := np.full((700, 600), 0.5, np.float32)))
+            yield StudyCard(str(i), [image], ["frontal"])
+            del image
+            assert sum(one() is not None for one in made) <= 2
+
+    for count, (_, side) in zip((1, 601, 1501, 4001), LARGEST, strict=True):
+        made.clear()
+        found = page(tmp_path, studies=cards(1), count=count)
+        (size,) = ((int(a["width"]), int(a["height"])) for t, a in found.elements if t == "img")
+        assert size == (round(side * 600 / 700), side)
+    made.clear()
+    page(tmp_path, studies=cards(5))
+    assert len(made) == 5
 
 
 def test_a_wrong_image_leaves_the_former_page(tmp_path):

@@ -25,6 +25,7 @@ from pydicom.uid import (
     RLELossless,
 )
 
+from medxray.data.attributes import sex_of
 from medxray.data.dicom_headers import Header
 from medxray.data.images import EXPECTED, ImageHeader, check_size, codestream, gray, in_words, white_of
 from medxray.types import ImageError
@@ -41,7 +42,7 @@ _IMAGE = (
 _PIXELS = ("PixelData", "ExtendedOffsetTable", "ExtendedOffsetTableLengths")
 _ABOUT = (
     "Manufacturer", "ViewPosition", "ViewCodeSequence", "SeriesDescription", "ProtocolName", "PatientOrientation",
-    "SpecificCharacterSet", "BurnedInAnnotation",
+    "SpecificCharacterSet", "BurnedInAnnotation", "PatientSex", "PatientAge",
 )  # fmt: skip
 _GRAY = ("MONOCHROME1", "MONOCHROME2")
 _OTHERS = ("HSV", "ARGB", "CMYK", "YBR_PARTIAL_420", "YBR_PARTIAL_422")
@@ -88,6 +89,7 @@ def read_header(file: BinaryIO, name: str, max_pixels: int) -> ImageHeader:
         data = _open(file, name, (*_IMAGE, *_ABOUT), max_pixels, pixels=False)
         if "Rows" not in data or "Columns" not in data:
             raise _without_pixels(data, name)
+        header = Header(data)
         burned = str(data.get("BurnedInAnnotation") or "").strip().upper()
         return ImageHeader(
             width=_integer(data, "Columns", name, 1, 65535),
@@ -96,7 +98,9 @@ def read_header(file: BinaryIO, name: str, max_pixels: int) -> ImageHeader:
             format="DICOM",
             photometric=_photometric(data, name),
             manufacturer=str(data.get("Manufacturer") or "").strip(),
-            view=Header(data).view(),
+            view=header.view(),
+            sex=sex_of(header["sex"]),
+            age_band=header.age_band(),
             burned_in={"YES": True, "NO": False}.get(burned),
             frames=_integer(data, "NumberOfFrames", name, 1, 2**31, missing=1),
         )

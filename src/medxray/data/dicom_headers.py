@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from medxray.data.attributes import age_band_between, age_band_of
 from medxray.types import DataError
 
 if TYPE_CHECKING:
@@ -17,7 +18,8 @@ TAGS = {
     "charset": 0x00080005, "type": 0x00080008, "class": 0x00080016, "instance": 0x00080018, "study date": 0x00080020,
     "acquisition date": 0x00080022, "content date": 0x00080023, "study time": 0x00080030, "acquisition time": 0x00080032,
     "content time": 0x00080033, "accession": 0x00080050, "modality": 0x00080060, "intent": 0x00080068,
-    "series": 0x0008103E, "region": 0x00082218, "patient": 0x00100020, "issuer": 0x00100021, "body part": 0x00180015,
+    "manufacturer": 0x00080070, "series": 0x0008103E, "region": 0x00082218, "patient": 0x00100020, "issuer": 0x00100021,
+    "birth": 0x00100030, "sex": 0x00100040, "age": 0x00101010, "body part": 0x00180015,
     "protocol": 0x00181030, "view": 0x00185101, "study": 0x0020000D, "series number": 0x00200011, "number": 0x00200013,
     "orientation": 0x00200020, "rows": 0x00280010, "burned in": 0x00280301, "views": 0x00540220,
     "code": 0x00080100, "long code": 0x00080119, "meaning": 0x00080104, "kind": 0x0040A040, "relation": 0x0040A010,
@@ -115,6 +117,10 @@ class Header:
                 time = digits.ljust(6, "0") + parts.ljust(6, "0")[:6] if re.fullmatch(r"\d{2,6}", digits) else ""
                 return "".join(day.groups()) + time, "".join(day.groups())
         return "", ""
+
+    def age_band(self) -> str:
+        """By Patient's Age, else by birth date and the day of the study; "" where neither is told."""
+        return age_band_of(self["age"]) or age_band_between(self["birth"], self.moment()[1])
 
     def view(self) -> str:
         """PA, AP, LL or unknown: by View Position, the code of the view or its meaning, descriptions of series and protocol,

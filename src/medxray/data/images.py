@@ -58,6 +58,7 @@ class ImageHeader:
             "PALETTE COLOR" or "CMYK".
         manufacturer: of the device; "" where it is not told.
         view: "PA", "AP", "LL" or "unknown".
+        sex, age_band: words of `medxray.data.attributes`; "" where they are not told.
         burned_in: whether text was burned into the pixels; None where it is not told.
         frames: how many images the file holds.
     """
@@ -69,6 +70,8 @@ class ImageHeader:
     photometric: str
     manufacturer: str = ""
     view: str = "unknown"
+    sex: str = ""
+    age_band: str = ""
     burned_in: bool | None = None
     frames: int = 1
 

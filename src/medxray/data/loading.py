@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 CACHE_BYTES = 2**30
 
+_VIEWS = ("PA", "AP", "LL")
+
 
 @dataclass
 class Sample:
@@ -107,6 +109,9 @@ class StudyImages(torch.utils.data.Dataset[Sample]):
         self.reports: list[str] = table["report"].to_pylist()
         self.indications: list[str] = table["indication"].to_pylist()
         self.priors: list[str] = table["prior"].to_pylist()
+        self.sexes: list[str] = table["sex"].to_pylist()
+        self.age_bands: list[str] = table["age_band"].to_pylist()
+        self.manufacturers: list[str] = table["manufacturer"].to_pylist()
         self.images: list[list[str]] = [images[:max_views] for images in table["images"].to_pylist()]
         self.views: list[list[str]] = [views[:max_views] for views in table["views"].to_pylist()]
         self.features: Features | None = None
@@ -175,13 +180,23 @@ class StudyImages(torch.utils.data.Dataset[Sample]):
         # Images kept for crops are of another size.
         part._cache, part._shapes = ({}, {}) if self.crops else (self._cache, self._shapes)
         if rows is not None:
-            for name in ("study_ids", "patient_ids", "reports", "indications", "priors", "images", "views"):
+            for name in (
+                "study_ids", "patient_ids", "reports", "indications", "priors", "sexes", "age_bands", "manufacturers", "images",
+                "views",
+            ):  # fmt: skip
                 setattr(part, name, [getattr(self, name)[row] for row in rows])
             part.labels = self.labels[list(rows)]
             if self.features is not None:
                 tokens, pooled = (t[list(rows)] for t in (self.features.tokens, self.features.pooled))
                 part.features = Features(tokens, self.features.grid, pooled)
         return part
+
+    @property
+    def attributes(self) -> dict[str, list[str]]:
+        """What subgroups are told by: attribute -> each study's group, "" where unknown. Several kinds of views are
+        joined by "+", such as PA+LL; with one that is unknown so is the group."""
+        views = ["" if "unknown" in own else "+".join(sorted(set(own), key=_VIEWS.index)) for own in self.views]
+        return {"sex": self.sexes, "age": self.age_bands, "view": views, "manufacturer": self.manufacturers}
 
     def batches(self, size: int, order: Sequence[int] | None = None) -> Iterator[Batch]:
         """All studies, or those of some rows, in order, `size` at a time."""
@@ -191,7 +206,7 @@ class StudyImages(torch.utils.data.Dataset[Sample]):
 
     def picture(self, row: int, view: int) -> NDArray[np.float32]:
         """A study's view as a picture (h, w) in [0, 1]."""
-        pixels = self.read(self.images[row][view])
+        pixels = self.read(self.images[row][view], needed_size(self.spec))
         return resize(pixels, self.spec.image_size, self.spec.fit)[0].numpy()
 
     def read(self, image: str, at_least: tuple[int, int] | None = None) -> NDArray[np.float32]:
@@ -326,7 +341,8 @@ def study_from(
 
     Args:
         value: a path, array, tensor or PIL image; a list or tuple of those, the views of one study, frontal
-            first; or a mapping with "images" and, if wanted, "views", "study_id", "patient_id", "indication", "prior".
+            first; or a mapping with "images" and, if wanted, "views", "study_id", "patient_id", "indication", "prior",
+            and "names", by which messages call images that are given as bytes.
         spec: the data block of the pipeline's spec.
         channels, mean, std: as the encoder declares.
         labels: names of labels, all missing here.
@@ -340,7 +356,7 @@ def study_from(
         ImageError: an image that cannot be read, or something that is no image.
         DataError: no image, or a mapping without "images".
     """
-    patient, indication, prior, named = "", "", "", list[str]()
+    patient, indication, prior, named, called = "", "", "", list[str](), list[str]()
     if isinstance(value, Mapping):
         if "images" not in value:
             raise DataError(
@@ -348,7 +364,7 @@ def study_from(
             )
         name, patient = str(value.get("study_id", name)), str(value.get("patient_id", ""))
         indication, prior = (str(value.get(text) or "") for text in ("indication", "prior"))
-        named = list(value.get("views", ()))
+        named, called = list(value.get("views", ())), list(value.get("names", ()))
         value = value["images"]
     images = list(value) if isinstance(value, (list, tuple)) else [value]
     if not images:
@@ -357,7 +373,7 @@ def study_from(
         name = Path(images[0]).stem if isinstance(images[0], (str, Path)) else "study"
     views, regions = [], []
     for i, image in enumerate(images[:max_views]):
-        whole = _pixels(image, spec)
+        whole = _pixels(image, spec, called[i] if i < len(called) else "image in memory")
         if segment is not None and grid is not None:
             region = segment(whole, named[i] if i < len(named) else "unknown")
             regions.append(cover(region, grid, whole.shape[1:], spec.image_size, spec.fit))
@@ -385,9 +401,9 @@ def needed_size(spec: "DataSpec", crop: float = 1.0) -> tuple[int, int] | None:
     return math.ceil(h / side), math.ceil(w / side)
 
 
-def _pixels(image: Any, spec: "DataSpec") -> NDArray[np.float32]:
+def _pixels(image: Any, spec: "DataSpec", name: str) -> NDArray[np.float32]:
     if isinstance(image, (str, Path, bytes)):
-        return read_image(image, max_pixels=spec.max_pixels, at_least=needed_size(spec), **spec.shown)
+        return read_image(image, max_pixels=spec.max_pixels, at_least=needed_size(spec), name=name, **spec.shown)
     if isinstance(image, (list, tuple, Mapping)):
         raise ImageError(
             f"expected a path, array, tensor or PIL image as a view, found {type(image).__name__}; "

@@ -35,6 +35,9 @@ FEATURES = Features(
         "indication": Value("string"),
         "prior": Value("string"),
         "burned_in": Value("int8"),
+        "sex": Value("string"),
+        "age_band": Value("string"),
+        "manufacturer": Value("string"),
     }
 )
 """Columns of every data set of studies; `features_of` fills in the labels."""

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from medxray.registry import Registry
+from medxray.types import RunError
 
 
 class Generated(NamedTuple):
@@ -50,11 +51,13 @@ class ReportDecoder(nn.Module, ABC):
         width: D of the visual tokens that it takes.
         frozen: True when none of its parameters are trained.
         reads_texts: True when `loss` and `generate` take `texts`; others are never given any.
+        limit: where `cut` cuts a report, in words, such as "100 tokens".
     """
 
     width: int
     frozen: bool = False
     reads_texts: bool = False
+    limit: str = ""
 
     def prepare(self, reports: Sequence[str]) -> None:
         """Learns what the decoder needs from the training reports, such as a vocabulary."""
@@ -68,6 +71,15 @@ class ReportDecoder(nn.Module, ABC):
     @abstractmethod
     def count(self, reports: Sequence[str]) -> int:
         """Target tokens that `loss` sums over."""
+
+    def cut(self, reports: Sequence[str]) -> list[str]:
+        """Reports as its training targets, cut at the token limit, read as text: what the releases score against.
+
+        Raises:
+            RunError: it learns reports of any length.
+        """
+        name = type(self).__name__
+        raise RunError(f"protocol r2gen: decoder {name} has no token limit; take protocol full, or give it `cut` and `limit`")
 
     @abstractmethod
     def generate(

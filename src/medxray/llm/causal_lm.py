@@ -180,6 +180,14 @@ class CausalLM(ReportDecoder):
     def count(self, reports: Sequence[str]) -> int:
         return sum(len(ids) for ids in self._targets(reports))
 
+    @property
+    def limit(self) -> str:  # type: ignore[override]
+        return f"{self.max_length} tokens"
+
+    def cut(self, reports: Sequence[str]) -> list[str]:
+        ids = [ids[: self.max_length] for ids in self._tokens(reports)]
+        return [text.strip() for text in self._ready().batch_decode(ids, skip_special_tokens=True)]
+
     def wrap_context(self, vectors: Tensor, pool: str) -> Tensor:
         before, after = (self._embed(self._piece(text, vectors.device)) for text in self.prompt.context[pool])
         B = vectors.shape[0]

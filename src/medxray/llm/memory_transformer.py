@@ -120,6 +120,14 @@ class MemoryTransformer(ReportDecoder):
     def count(self, reports: Sequence[str]) -> int:
         return sum(len(ids) for ids in self._targets(reports))
 
+    @property
+    def limit(self) -> str:  # type: ignore[override]
+        return f"{self.max_length - 1} words, words that it does not know as {UNKNOWN}"
+
+    def cut(self, reports: Sequence[str]) -> list[str]:
+        words = self._ready()
+        return [" ".join(words[i - 1] for i in ids if i != END) for ids in self._targets(reports)]
+
     def loss(
         self, visual: Tensor, context: Tensor | None, reports: Sequence[str], texts: StudyTexts | None = None
     ) -> Tensor:

@@ -9,10 +9,16 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertModel
 
 from medxray.metrics.findings import Clinical, Uncertain
+from medxray.metrics.learned import device, folder_with, read_once
 from medxray.types import WeightsError
 from medxray.weights import load_into, load_state
 
 WEIGHTS, VOCABULARY = "chexbert.pth", "vocab.txt"
+NEEDED = {
+    WEIGHTS: "CheXbert's published checkpoint, linked from stanfordmlgroup/CheXbert on GitHub and in StanfordAIMI/RRG_scorers "
+    "on the Hugging Face hub",
+    VOCABULARY: "of bert-base-uncased on the Hugging Face hub",
+}
 CONDITIONS: tuple[str, ...] = (
     "Enlarged Cardiomediastinum", "Cardiomegaly", "Lung Opacity", "Lung Lesion", "Edema", "Consolidation", "Pneumonia",
     "Atelectasis", "Pneumothorax", "Pleural Effusion", "Pleural Other", "Fracture", "Support Devices", "No Finding",
@@ -45,44 +51,42 @@ class Chexbert(Clinical):
         self, weights: str, uncertain: Uncertain = "positive", full: bool = False, batch_size: int = 32
     ) -> None:
         super().__init__(uncertain, full)
-        self.folder = Path(weights).expanduser()
-        if not self.folder.is_dir():
-            raise WeightsError(
-                f"metrics.chexbert.weights: no folder {self.folder}; make one of {WEIGHTS} and {VOCABULARY}"
-            )
-        if missing := [name for name in (WEIGHTS, VOCABULARY) if not (self.folder / name).is_file()]:
-            raise WeightsError(
-                f"metrics.chexbert.weights: {self.folder} lacks {' and '.join(missing)}; put CheXbert's published "
-                f"checkpoint there as {WEIGHTS}, and {VOCABULARY} of bert-base-uncased"
-            )
+        self.folder = folder_with("metrics.chexbert.weights", weights, NEEDED)
         self.batch_size = batch_size
-        self._network: _Network | None = None
+        self._labeller: _Labeller | None = None
+        self._found: dict[str, dict[str, int]] = {}
 
     def label(self, texts: Sequence[str]) -> list[dict[str, int]]:
         """Labels of each text: 1 present, 0 absent, -1 in doubt; what is not mentioned is left out."""
-        if self._network is None:
-            self._network = _load(self.folder)
-        network = self._network
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        network.to(device)
-        tokenizer = BertWordPieceTokenizer(str(self.folder / VOCABULARY), lowercase=True)
-        tokenizer.enable_truncation(_LENGTH)
-        tokenizer.enable_padding()
-        rows = [" ".join(text.split()) for text in texts]
-        # By length, so that little is padded.
-        order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-        found: list[dict[str, int]] = [{} for _ in rows]
-        for start in range(0, len(order), self.batch_size):
-            batch = order[start : start + self.batch_size]
-            encoded = tokenizer.encode_batch([rows[i] for i in batch])
-            ids = torch.tensor([e.ids for e in encoded], device=device)
-            mask = torch.tensor([e.attention_mask for e in encoded], device=device)
-            with torch.inference_mode():
-                choices = torch.stack([head.argmax(1) for head in network(ids, mask)], 1).tolist()
-            for i, row in zip(batch, choices, strict=True):
-                labels = zip(CONDITIONS, [_CLASSES[choice] for choice in row], strict=True)
-                found[i] = {name: value for name, value in labels if value is not None}
-        return found
+        if self._labeller is None:
+            self._labeller = _Labeller(self.folder)
+        return read_once(texts, self._found, self._labeller, self.batch_size, "chexbert")
+
+
+class _Labeller:
+    """Texts -> labels."""
+
+    def __init__(self, folder: Path) -> None:
+        self.network = _load(folder)
+        self.tokenizer = BertWordPieceTokenizer(str(folder / VOCABULARY), lowercase=True)
+        self.tokenizer.enable_truncation(_LENGTH)
+        self.tokenizer.enable_padding()
+
+    @torch.inference_mode()
+    def __call__(self, texts: list[str]) -> list[dict[str, int]]:
+        where = device()
+        encoded = self.tokenizer.encode_batch([" ".join(text.split()) for text in texts])
+        ids = torch.tensor([e.ids for e in encoded], device=where)
+        mask = torch.tensor([e.attention_mask for e in encoded], device=where)
+        choices = torch.stack([head.argmax(1) for head in self.network.to(where)(ids, mask)], 1).tolist()
+        return [
+            {
+                name: value
+                for name, choice in zip(CONDITIONS, row, strict=True)
+                if (value := _CLASSES[choice]) is not None
+            }
+            for row in choices
+        ]
 
 
 class _Network(nn.Module):

@@ -1,11 +1,13 @@
 """Scores, and differences of two systems, with 95 % intervals by a bootstrap over patients."""
 
+import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from scipy.special import ndtr, ndtri, stdtr, stdtrit
 
 from medxray.metrics import Metric
 from medxray.types import MedxrayError, Score
@@ -22,7 +24,10 @@ def score(
     resamples: int = 1000,
     seed: int = 0,
 ) -> dict[str, Score]:
-    """A metric's values, each with the 95 % percentile interval of a bootstrap that draws whole patients.
+    """A metric's values, each with the 95 % interval of a bootstrap that draws whole patients.
+
+    The interval is the expanded percentile one (Hesterberg, The American Statistician 69, 2015, section 5.3): percentiles
+    a little further out than 2.5 and 97.5, as far as a t interval of P patients is wider than the bootstrap's own.
 
     Args:
         metric: what is computed.
@@ -40,13 +45,60 @@ def score(
     Raises:
         MedxrayError: no studies, or lists of different lengths.
     """
-    n = _checked(metric, groups, predictions, references)
-    statistics = metric.statistics(predictions, references)
-    values = metric.reduce(statistics, np.ones((1, n)))[0]
-    low, high = _interval(_draws(metric, [statistics], groups, resamples, seed)[0])
+    return seeds(metric, [predictions], references, groups, resamples, seed)
+
+
+def seeds(
+    metric: Metric,
+    predictions: Sequence[Sequence[Any]],
+    references: Sequence[Any],
+    groups: Sequence[str],
+    resamples: int = 1000,
+    seed: int = 0,
+) -> dict[str, Score]:
+    """A metric's mean over S fits of one system that differ by their seed, with a 95 % interval for other studies and seeds.
+
+    Studies and seeds are crossed: value = mean + study + seed + what a seed makes of a study. The mean over all has the
+    variance W + A / S. W, of the mean over seeds when patients are drawn, holds the first and the last; A is the variance
+    of seeds themselves: that of the S values, less what of it patients make, which the same draws tell, and at least 0
+    (the analysis of variance of a crossed random model: Searle, Casella and McCulloch, Variance Components, 1992, chapter
+    4). Each draw of patients gets a draw of sqrt(A / S) t, t with S - 1 degrees of freedom, and the interval is that of
+    the sums. So two seeds alone give a wide one where they differ. Of one seed the interval holds studies only.
+
+    Args:
+        metric: what is computed.
+        predictions: a list a seed, each with one a study.
+        references, groups, resamples, seed: as for `score`.
+
+    Raises:
+        MedxrayError: no seeds, no studies, or lists of different lengths.
+    """
+    _checked(metric, groups, *predictions, references)
+    runs = [metric.statistics(made, references) for made in predictions]
+    return _scored(metric, runs, groups, resamples, seed)
+
+
+def score_statistics(
+    metric: Metric, statistics: np.ndarray, groups: Sequence[str], resamples: int = 1000, seed: int = 0
+) -> dict[str, Score]:
+    """`score` of studies whose statistics (n, S) are known, such as some of those of a data set.
+
+    Raises:
+        MedxrayError: no studies, or lists of different lengths.
+    """
+    _checked(metric, groups, list(statistics))
+    return _scored(metric, [statistics], groups, resamples, seed)
+
+
+def _scored(
+    metric: Metric, runs: Sequence[np.ndarray], groups: Sequence[str], resamples: int, seed: int
+) -> dict[str, Score]:
+    (values, drawn), patients = _drawn(metric, [runs], groups, resamples, seed)
+    low, high = _interval(drawn[0], patients)
+    n = len(groups)
     return {
         name: Score(float(v), float(lo), float(hi), n)
-        for name, v, lo, hi in zip(metric.values, values, low, high, strict=True)
+        for name, v, lo, hi in zip(metric.values, values[0], low, high, strict=True)
     }
 
 
@@ -55,7 +107,8 @@ class Difference(Score):
     """How much higher one system's value is than another's on the same studies, with its 95 % interval.
 
     Attributes:
-        p: two-sided bootstrap p-value of no difference, never below 1 / resamples.
+        p: two-sided bootstrap p-value of no difference, never below 1 / resamples. Below 0.05 it is where the interval
+            leaves out 0.
     """
 
     p: float
@@ -83,20 +136,40 @@ def difference(
     Raises:
         MedxrayError: no studies, or lists of different lengths.
     """
-    n = _checked(metric, groups, predictions, others, references)
-    both = [metric.statistics(texts, references) for texts in (predictions, others)]
-    ours, theirs = (metric.reduce(statistics, np.ones((1, n)))[0] for statistics in both)
-    drawn = _draws(metric, both, groups, resamples, seed)
+    return seeds_difference(metric, [predictions], [others], references, groups, resamples, seed)
+
+
+def seeds_difference(
+    metric: Metric,
+    predictions: Sequence[Sequence[Any]],
+    others: Sequence[Sequence[Any]],
+    references: Sequence[Any],
+    groups: Sequence[str],
+    resamples: int = 1000,
+    seed: int = 0,
+) -> dict[str, Difference]:
+    """A metric's mean over the seeds of one system less that over the seeds of another, for the same studies.
+
+    Patients are drawn for both alike; the variance of seeds, as `seeds` has it, is each system's own, since equal seeds of
+    two systems have nothing in common. So the systems may have different numbers of seeds.
+
+    Args:
+        metric: what is computed.
+        predictions, others: of two systems, a list a seed, each with one a study.
+        references, groups, resamples, seed: as for `score`.
+
+    Raises:
+        MedxrayError: a system without seeds, no studies, or lists of different lengths.
+    """
+    n = _checked(metric, groups, *predictions, *others, references)
+    runs = [[metric.statistics(made, references) for made in system] for system in (predictions, others)]
+    (values, drawn), patients = _drawn(metric, runs, groups, resamples, seed)
     apart = drawn[0] - drawn[1]
-    low, high = _interval(apart)
+    low, high = _interval(apart, patients)
     found = {}
     for i, name in enumerate(metric.values):
-        defined = apart[:, i][np.isfinite(apart[:, i])]
-        p = float("nan")
-        if len(defined):
-            tail = min((defined <= 0).mean(), (defined >= 0).mean())
-            p = float(min(1.0, max(2 * tail, 1 / len(defined))))
-        found[name] = Difference(float(ours[i] - theirs[i]), float(low[i]), float(high[i]), n, p)
+        p = _p_value(apart[:, i], patients)
+        found[name] = Difference(float(values[0][i] - values[1][i]), float(low[i]), float(high[i]), n, p)
     return found
 
 
@@ -112,34 +185,78 @@ def _checked(metric: Metric, groups: Sequence[str], *lists: Sequence[Any]) -> in
     return n
 
 
-def _draws(
-    metric: Metric, systems: Sequence[np.ndarray], groups: Sequence[str], resamples: int, seed: int
-) -> list[np.ndarray]:
-    """Each system's values (resamples, values) on the same draws of patients; none of fewer than two."""
-    n, patients = len(groups), [(group, -1) if group else ("", i) for i, group in enumerate(groups)]
-    # Numbered as they come, so that the draws depend on which studies share a patient, not on ids.
-    number = {patient: i for i, patient in enumerate(dict.fromkeys(patients))}
-    codes, count = np.array([number[patient] for patient in patients]), len(number)
-    found: list[list[np.ndarray]] = [[np.empty((0, len(metric.values)))] for _ in systems]
-    if count > 1:
-        rng = np.random.default_rng(seed)
-        chunk = max(1, _CHUNK // n)
-        for start in range(0, resamples, chunk):
-            size = min(chunk, resamples - start)
-            drawn = rng.multinomial(count, np.full(count, 1 / count), size=size).astype(np.float64)
-            for values, statistics in zip(found, systems, strict=True):
-                values.append(metric.reduce(statistics, drawn[:, codes]))
-    return [np.concatenate(values) for values in found]
+def _drawn(
+    metric: Metric, runs: Sequence[Sequence[np.ndarray]], groups: Sequence[str], resamples: int, seed: int
+) -> tuple[tuple[list[np.ndarray], list[np.ndarray]], int]:
+    """For each system its values (values,) and their draws (resamples, values), means over its seeds; the number of patients.
+
+    Args:
+        runs: for each system the statistics (n, S) of its seeds.
+
+    Of fewer than two patients there are no draws.
+    """
+    if not all(runs):
+        raise MedxrayError(f"{', '.join(metric.values)}: expected predictions of one seed or more; found none")
+    codes = _patients(groups)
+    n, count = len(groups), int(codes.max()) + 1
+    found: list[list[list[np.ndarray]]] = [[[np.empty((0, len(metric.values)))] for _ in system] for system in runs]
+    rng = np.random.default_rng(seed)
+    chunk = max(1, _CHUNK // n)
+    for start in range(0, resamples if count > 1 else 0, chunk):
+        size = min(chunk, resamples - start)
+        drawn = rng.multinomial(count, np.full(count, 1 / count), size=size).astype(np.float64)[:, codes]
+        for system, statistics in zip(found, runs, strict=True):
+            for draws, rows in zip(system, statistics, strict=True):
+                draws.append(metric.reduce(rows, drawn))
+    values, means = [], []
+    for system, statistics in zip(found, runs, strict=True):
+        whole = np.stack([metric.reduce(rows, np.ones((1, n)))[0] for rows in statistics])
+        resampled = np.stack([np.concatenate(draws) for draws in system])
+        values.append(whole.mean(axis=0))
+        means.append(resampled.mean(axis=0) + _seed_noise(whole, resampled, rng))
+    return (values, means), count
 
 
-def _interval(draws: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Low and high end of the middle 95 %; NaN where no draw defines a value."""
-    if not len(draws):
-        return (np.full(draws.shape[1], np.nan),) * 2
+def _seed_noise(values: np.ndarray, draws: np.ndarray, rng: np.random.Generator) -> np.ndarray | float:
+    """What other seeds would change, a draw each: values (S, values), draws (S, resamples, values) -> (resamples, values)."""
+    count, resamples = draws.shape[:2]
+    if count < 2 or not resamples:
+        return 0.0
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)
-        low, high = np.nanpercentile(draws, [2.5, 97.5], axis=0)
+        by_patients = np.nanmean((draws - values[:, None]).var(axis=0, ddof=1), axis=0)
+    own = np.maximum(values.var(axis=0, ddof=1) - by_patients, 0)
+    noise: np.ndarray = rng.standard_t(count - 1, (resamples, 1)) * np.sqrt(own / count)
+    return noise
+
+
+def _patients(groups: Sequence[str]) -> np.ndarray:
+    """Studies' patients (n,), numbered as they come: draws depend on which studies share a patient, not on ids."""
+    number: dict[tuple[str, int], int] = {}
+    return np.array([number.setdefault((group, -1 if group else i), len(number)) for i, group in enumerate(groups)])
+
+
+def _interval(draws: np.ndarray, patients: int) -> tuple[np.ndarray, np.ndarray]:
+    """Low and high end of the middle 95 %, expanded; NaN where no draw defines a value."""
+    if not len(draws):
+        return (np.full(draws.shape[1], np.nan),) * 2
+    tail = ndtr(-math.sqrt(patients / (patients - 1)) * stdtrit(patients - 1, 0.975))
+    # Looking past NaN is slow, and hardly ever needed.
+    quantile = np.nanquantile if np.isnan(draws).any() else np.quantile
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        low, high = quantile(draws, [tail, 1 - tail], axis=0)
     return low, high
+
+
+def _p_value(draws: np.ndarray, patients: int) -> float:
+    """The level at which the interval of these draws (resamples,) would end at 0; NaN where no draw defines a value."""
+    defined = draws[np.isfinite(draws)]
+    if not len(defined):
+        return float("nan")
+    tail = min((defined <= 0).mean(), (defined >= 0).mean())
+    p = 2 * stdtr(patients - 1, math.sqrt((patients - 1) / patients) * ndtri(tail))
+    return float(min(1.0, max(p, 1 / len(defined))))
 
 
 def score_all(

@@ -3,7 +3,7 @@
 import json
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -16,6 +16,7 @@ from medxray.adapters import adapt, unadapted
 from medxray.data import Studies, StudyImages
 from medxray.data.transforms import height_width
 from medxray.encoders import ENCODERS, Encoder, freeze, tried
+from medxray.metrics.floors import Floor
 from medxray.registry import Registry
 from medxray.spec import Spec
 from medxray.types import Batch, Features, Prediction, RunError, Scores, SpecError
@@ -199,13 +200,29 @@ class Task(nn.Module, ABC):
     def targets(self, images: StudyImages) -> list[Any]:
         """References of the studies, in the form that the task's metrics take."""
 
+    def as_scored(self, targets: list[Any], protocol: str | None) -> tuple[list[Any], str]:
+        """What `targets` returned as a protocol scores it, and the protocol in words; None is the task's usual one.
+
+        Raises:
+            SpecError: it is unknown, or the task has no choice.
+            RunError: the model cannot follow it.
+        """
+        if protocol is not None:
+            raise SpecError(f"protocol {protocol!r}: task {self.spec.task} writes no reports, so there is none; leave it out")
+        return targets, ""
+
     @abstractmethod
     def outputs(self, predictions: Sequence[Prediction]) -> list[Any]:
         """Predictions in the form that the task's metrics take."""
 
-    def floors(self, train: StudyImages, val: StudyImages, images: StudyImages) -> dict[str, list[Any]]:
-        """Outputs of systems that a fit must beat: row of the table -> outputs, one for each study of `images`.
-        Whatever a floor chooses, it chooses from `train` and by `val`."""
+    def floors(
+        self, train: StudyImages, val: StudyImages, images: StudyImages, references: list[Any] | None = None
+    ) -> dict[str, Floor]:
+        """Systems that a fit must beat: row of the table -> what it says of each study of `images` by a metric's value.
+
+        Whatever a floor chooses, it chooses from `train` and by `val`, whose references, if given, are taken as they are
+        scored. It is judged by metrics that choose nothing themselves.
+        """
         return {}
 
     def ablations(self) -> dict[str, Callable[[Batch], list[Prediction]]]:
@@ -216,11 +233,22 @@ class Task(nn.Module, ABC):
         """Sentences that belong under the table of scores."""
         return []
 
-    def cards(
-        self, images: StudyImages, predictions: Sequence[Prediction], train: StudyImages | None
-    ) -> list[StudyCard]:
-        """What `report.html` shows of single studies."""
+    def calibration(self, outputs: Sequence[Any], targets: Sequence[Any]) -> list[str]:
+        """Figures on whether the task's probabilities can be believed, as HTML; none for tasks without any."""
         return []
+
+    def cards(
+        self, images: StudyImages, predictions: Sequence[Prediction], train: StudyImages | None, explained: Collection[int]
+    ) -> Iterable[StudyCard]:
+        """What `report.html` shows of each study, made as it is asked for, since all images at once would fill the memory.
+
+        Args:
+            images: the studies.
+            predictions: one a study.
+            train: the studies that may be context.
+            explained: rows of the studies for which a pass of the model may be spent, as on its attention.
+        """
+        return ()
 
     def pictures(self, batch: Batch, folder: Path, name: str) -> list[Path]:
         """Draws studies into PNG files of a folder, which it makes; called after each epoch and on demand.

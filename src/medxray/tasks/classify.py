@@ -1,7 +1,7 @@
 """Classification: encoder and head, one logit a label."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -12,10 +12,16 @@ from medxray.classify import HEADS, HeadSettings, JoiningHead, MemoryHead
 from medxray.classify.losses import label_losses, positive_rates
 from medxray.data import Studies, StudyImages, seed_of
 from medxray.encoders import Encoder, JoinableEncoder
+from medxray.metrics.calibration import reliability
+from medxray.metrics.classification import undefined
 from medxray.spec import Spec
 from medxray.tasks import Task, join_views
-from medxray.types import Batch, Features, Prediction, SpecError
+from medxray.types import Batch, Features, Prediction, Scores, SpecError
 from medxray.visual import StudyCard
+from medxray.visual.charts import reliability_chart
+
+CURVES = 23
+"""Labels at most whose reliability curves are drawn, beside that of all."""
 
 
 class Classify(Task):
@@ -29,7 +35,7 @@ class Classify(Task):
     """
 
     sections: ClassVar[dict[str, dict[str, Any] | None]] = {"encoder": None, "head": {"name": "linear"}}
-    metrics = ("auroc", "average-precision")
+    metrics = ("auroc", "average-precision", "f1", "sensitivity", "ece", "brier")
 
     def __init__(self, spec: Spec, encoder: Encoder | None = None) -> None:
         super().__init__(spec, encoder)
@@ -150,12 +156,32 @@ class Classify(Task):
     def outputs(self, predictions: Sequence[Prediction]) -> list[list[float]]:
         return [[prediction.scores[name] for name in self.labels] for prediction in predictions]
 
-    def cards(
-        self, images: StudyImages, predictions: Sequence[Prediction], train: StudyImages | None
-    ) -> list[StudyCard]:
-        truth = images.label_array(self.labels)
+    def notes(self, predictions: Sequence[Prediction], scores: Scores) -> list[str]:
+        by_labels: dict[tuple[str, ...], list[str]] = {}
+        for measure, labels in undefined({name: score.value for name, score in scores.items()}).items():
+            by_labels.setdefault(tuple(labels), []).append(measure)
         return [
-            StudyCard(
+            f"{', '.join(measures)}: the mean of {len(self.labels) - len(labels)} of {len(self.labels)} labels; undefined, for "
+            f"want of studies with them or without: {', '.join(labels)}"
+            for labels, measures in by_labels.items()
+        ]
+
+    def calibration(self, outputs: Sequence[Any], targets: Sequence[Any]) -> list[str]:
+        probabilities, truth = np.array(outputs), np.array(targets)
+        present = np.nansum(truth, axis=0)
+        # Of many labels those that most studies have.
+        often = sorted(np.argsort(-present, kind="stable")[:CURVES].tolist())
+        curves = {self.labels[k]: reliability(probabilities[:, k], truth[:, k]) for k in often if present[k]}
+        if len(self.labels) > 1:
+            curves = {"all labels": reliability(probabilities.ravel(), truth.ravel())} | curves
+        return [reliability_chart(name, curve) for name, curve in curves.items()]
+
+    def cards(
+        self, images: StudyImages, predictions: Sequence[Prediction], train: StudyImages | None, explained: Collection[int]
+    ) -> Iterator[StudyCard]:
+        truth = images.label_array(self.labels)
+        for i, prediction in enumerate(predictions):
+            yield StudyCard(
                 study_id=prediction.study_id,
                 images=[images.picture(i, v) for v in range(len(images.views[i]))],
                 captions=list(images.views[i]),
@@ -165,5 +191,3 @@ class Classify(Task):
                     for name, value in zip(self.labels, truth[i], strict=True)
                 },
             )
-            for i, prediction in enumerate(predictions)
-        ]

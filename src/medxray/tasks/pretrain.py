@@ -1,7 +1,7 @@
 """Masked auto-encoding: predict the pixels of masked tokens from the visible ones."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -137,29 +137,24 @@ class Pretrain(Task):
 
     @torch.no_grad()
     def cards(
-        self, images: StudyImages, predictions: Sequence[Prediction], train: StudyImages | None
-    ) -> list[StudyCard]:
-        cards = []
+        self, images: StudyImages, predictions: Sequence[Prediction], train: StudyImages | None, explained: Collection[int]
+    ) -> Iterator[StudyCard]:
         self.eval()
         device = next(self.parameters()).device
         for i, prediction in enumerate(predictions):
-            batch = images.collate([images[i]]).to(device)
-            pixels, regions = batch.pixels[0, :1], batch.regions[0, :1] if batch.regions is not None else None
-            output = self.model(pixels, regions, generator=batch.seeds[:1])
-            pasted = self.model.paste(pixels, output)
-            patches = self.model.patchify(torch.ones_like(pixels)) * (1 - output.masking.mask[..., None])
-            visible = self.model.unpatchify(patches, (pixels.shape[-2], pixels.shape[-1]))
-            error = (pasted - pixels).abs()
-            shown = [pixels, pixels * visible - (1 - visible), pasted, error - 1]
-            cards.append(
-                StudyCard(
-                    study_id=prediction.study_id,
-                    images=[(x[0].mean(0).float().cpu() * 0.5 + 0.5).clamp(0, 1).numpy() for x in shown],
-                    captions=["image", "visible tokens", "reconstruction", "error"],
-                    scores=prediction.scores,
-                )
-            )
-        return cards
+            card = StudyCard(prediction.study_id, [images.picture(i, 0)], ["image"])
+            if i in explained:
+                batch = images.collate([images[i]]).to(device)
+                pixels, regions = batch.pixels[0, :1], batch.regions[0, :1] if batch.regions is not None else None
+                output = self.model(pixels, regions, generator=batch.seeds[:1])
+                pasted = self.model.paste(pixels, output)
+                patches = self.model.patchify(torch.ones_like(pixels)) * (1 - output.masking.mask[..., None])
+                visible = self.model.unpatchify(patches, (pixels.shape[-2], pixels.shape[-1]))
+                error = (pasted - pixels).abs()
+                shown = [pixels, pixels * visible - (1 - visible), pasted, error - 1]
+                card.images = [(x[0].mean(0).float().cpu() * 0.5 + 0.5).clamp(0, 1).numpy() for x in shown]
+                card.captions = ["image", "visible tokens", "reconstruction", "error"]
+            yield card
 
     @torch.no_grad()
     def pictures(self, batch: Batch, folder: Path, name: str) -> list[Path]:

@@ -1,9 +1,11 @@
 """Report generation: encoder, projector, context samples, language model (R2GenGPT; with a retriever, R2GenCSR)."""
 
+import functools
 import logging
 import re
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -20,7 +22,9 @@ from medxray.encoders import Encoder
 from medxray.encoders.frozen import features_key, fingerprint
 from medxray.llm import PROJECTORS, REPORT_DECODERS, StudyTexts
 from medxray.metrics.clinical import label_report
-from medxray.metrics.intervals import distinct_share
+from medxray.metrics.floors import Floor
+from medxray.metrics.text import best_constant
+from medxray.registry import nearest
 from medxray.retrieval import RETRIEVERS, RetrieverSettings
 from medxray.retrieval.bank import FeatureBank, read_arrow, write_arrow
 from medxray.retrieval.context import context_tokens
@@ -32,7 +36,12 @@ from medxray.weights.systems import is_run, load_system
 from medxray.weights.writing import export
 
 LOG = logging.getLogger(__name__)
-DISTINCT_WARNING = 0.1
+CONTEXT_PICTURES = 1000
+"""Context studies at most whose images stand on the page; each is read for it."""
+PROTOCOLS = ("full", "r2gen")
+BEST_CONSTANT = "best constant report"
+CHOOSE_BY = ("bleu-4", "bleu-1", "bleu-2", "bleu-3", "rouge-l", "cider")
+"""Values by which a constant report can be chosen; the first stands in for others."""
 
 
 class Report(Task):
@@ -279,21 +288,35 @@ class Report(Task):
     def targets(self, images: StudyImages) -> list[str]:
         return list(images.reports)
 
+    def as_scored(self, targets: list[str], protocol: str | None) -> tuple[list[str], str]:
+        cleaning = self.spec.data.cleaning
+        cleaned = "references as they stand" if cleaning == "none" else f"references cleaned by {cleaning}"
+        if protocol in (None, "full"):
+            return targets, f"full: {cleaned}, whole"
+        if protocol == "r2gen":
+            return self.decoder.cut(targets), f"r2gen: {cleaned}, cut after {self.decoder.limit}"
+        raise SpecError(f"protocol: no {protocol!r}{nearest(protocol, PROTOCOLS)}; expected one of {', '.join(PROTOCOLS)}")
+
     def outputs(self, predictions: Sequence[Prediction]) -> list[str]:
         return [prediction.text for prediction in predictions]
 
-    def floors(self, train: StudyImages, val: StudyImages, images: StudyImages) -> dict[str, list[str]]:
-        from medxray.metrics.text import best_constant
-
+    def floors(
+        self, train: StudyImages, val: StudyImages, images: StudyImages, references: list[Any] | None = None
+    ) -> dict[str, Floor]:
         n, reports = len(images), list(train.reports)
-        counts: dict[str, int] = {}
-        for report in reports:
-            counts[report] = counts.get(report, 0) + 1
-        nearest = nearest_pixels(train.thumbnails(), images.thumbnails())
+        wanted = self.targets(val) if references is None else references
+        counts = Counter(reports)
+        frequent = [max(counts, key=lambda report: counts[report])] * n
+        alike = [reports[i] for i in nearest_pixels(train.thumbnails(), images.thumbnails())]
+
+        @functools.cache
+        def constant(value: str) -> list[str]:
+            return [best_constant(reports, wanted, value)] * n
+
         return {
-            "best constant report": [best_constant(reports, list(val.reports))] * n,
-            "most frequent report": [max(counts, key=lambda report: counts[report])] * n,
-            "nearest image's report": [reports[i] for i in nearest],
+            BEST_CONSTANT: lambda value: constant(value if value in CHOOSE_BY else CHOOSE_BY[0]),
+            "most frequent report": lambda _: frequent,
+            "nearest image's report": lambda _: alike,
         }
 
     def ablations(self) -> dict[str, Callable[[Batch], list[Prediction]]]:
@@ -302,56 +325,56 @@ class Report(Task):
         return {"same model, context off": lambda batch: self.predict(batch, with_context=False)}
 
     def notes(self, predictions: Sequence[Prediction], scores: Scores) -> list[str]:
-        share = distinct_share([prediction.text for prediction in predictions])
-        notes = [f"{share:.0%} of the predictions are distinct"]
-        if share < DISTINCT_WARNING and len(predictions) > 1:
-            notes.append("Warning: the model says nearly the same of every study; its scores tell little")
+        notes = []
+        if BEST_CONSTANT in scores.comparisons:
+            notes.append(f"{BEST_CONSTANT}: the training report that is best for the validation studies by the metric itself")
+            others = [name for name in scores if name not in CHOOSE_BY]
+            notes[0] += f"; by {CHOOSE_BY[0]} for {', '.join(others)}" if others else ""
         if self.bank is not None:
             recalls = [f"{recall:.3f} of the {name} studies" for name, recall in self.bank.recall.items()]
             notes += [f"context is searched approximately; recall of the nearest: {', '.join(recalls)}"] if recalls else []
-        for metric in scores:
-            above = [
-                row for row, values in scores.comparisons.items()
-                if row in ("best constant report", "most frequent report", "nearest image's report")
-                and metric in values and values[metric].value >= scores[metric].value
-            ]
-            if above:
-                notes.append(f"Warning: {metric} is not above {' and '.join(above)}")
         return notes
 
     def cards(
-        self, images: StudyImages, predictions: Sequence[Prediction], train: StudyImages | None
-    ) -> list[StudyCard]:
+        self, images: StudyImages, predictions: Sequence[Prediction], train: StudyImages | None, explained: Collection[int]
+    ) -> Iterator[StudyCard]:
         places = {name: i for i, name in enumerate(train.study_ids)} if train is not None else {}
+        pictured: set[str] = set()
 
         def card(name: str, pool: str, near: float | None) -> ContextCard:
             if train is None or name not in places:
                 return ContextCard(name, pool, None, "", near)
-            return ContextCard(name, pool, train.picture(places[name], 0), train.reports[places[name]], near)
+            # The page keeps the first picture of each.
+            image = None
+            if name not in pictured and len(pictured) < CONTEXT_PICTURES:
+                pictured.add(name)
+                image = train.picture(places[name], 0)
+            return ContextCard(name, pool, image, train.reports[places[name]], near)
 
-        cards = []
-        for i, (batch, prediction) in enumerate(zip(images.batches(1), predictions, strict=True)):
-            attention, remark = self.attention(batch, prediction.text)
+        for i, prediction in enumerate(predictions):
+            told: dict[str, Any] = {}
+            if i in explained:
+                attention, remark = self.attention(images.collate([images[i]]), prediction.text)
+                told = {
+                    "confidence": [word.probability for word in prediction.words],
+                    "attention": attention,
+                    "pointed": finding_words(prediction.text),
+                    "remark": remark,
+                }
             unknown: list[None] = [None] * len(images)
-            cards.append(
-                StudyCard(
-                    study_id=prediction.study_id,
-                    images=[images.picture(i, v) for v in range(len(images.views[i]))],
-                    captions=list(images.views[i]),
-                    reference=images.reports[i],
-                    prediction=prediction.text,
-                    context=[
-                        card(name, {"positive": "diseased", "negative": "normal"}[pool], near)
-                        for pool, names in prediction.context.items()
-                        for name, near in zip(names, prediction.similarity.get(pool) or unknown, strict=False)
-                    ],
-                    confidence=[word.probability for word in prediction.words],
-                    attention=attention,
-                    pointed=finding_words(prediction.text),
-                    remark=remark,
-                )
+            yield StudyCard(
+                study_id=prediction.study_id,
+                images=[images.picture(i, v) for v in range(len(images.views[i]))],
+                captions=list(images.views[i]),
+                reference=images.reports[i],
+                prediction=prediction.text,
+                context=[
+                    card(name, {"positive": "diseased", "negative": "normal"}[pool], near)
+                    for pool, names in prediction.context.items()
+                    for name, near in zip(names, prediction.similarity.get(pool) or unknown, strict=False)
+                ],
+                **told,
             )
-        return cards
 
     @torch.no_grad()
     def attention(self, batch: Batch, report: str) -> tuple[list[np.ndarray], str]:

@@ -12,7 +12,7 @@ class ContextCard:
     Attributes:
         study_id: its name.
         pool: where it was drawn from, such as "diseased" or "normal".
-        image: (H, W) float32 in 0..1, or None.
+        image: (H, W) float32 in 0..1, or None; a page keeps the first image that it gets of a study.
         report: its report.
         similarity: the cosine of its features with the study's, or None.
     """
@@ -34,7 +34,7 @@ class StudyCard:
         captions: one an image.
         reference: the report that was written.
         prediction: the report that was generated.
-        scores: name -> number; probabilities are drawn as bars.
+        scores: name -> number, by which studies can be sorted; with `labels` they are probabilities, drawn as bars.
         context: the training studies that the prediction was given.
         labels: name -> 1, 0, -1 uncertain, None missing, shown beside the scores of the same names.
         confidence: the probability of each word of `prediction.split()`.

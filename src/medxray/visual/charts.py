@@ -75,19 +75,22 @@ def histogram(title: str, values: NDArray[Any], x_label: str, bins: int = 30) ->
     step = (high - low) / bins or 1.0
     if whole:
         step = max(1.0, float(math.ceil(step)))
-    count = max(1, math.floor((high - low) / step) + 1)
-    places = np.minimum((values - low) / step, count - 1).astype(np.int64)
+    count = max(1, math.floor((high - low) / step) + 1) if whole else bins if high > low else 1
+    edges = [low + i * step for i in range(count + 1)]
+    places = np.clip(np.searchsorted(edges, values, side="right") - 1, 0, count - 1)
     heights = np.bincount(places, minlength=count)
     x_ticks, y_ticks = _ticks(low, low + count * step, whole), _ticks(0, int(heights.max()), whole=True)
     frame, place = _frame((x_ticks, y_ticks), x_label)
     bars = ""
     for i, height in enumerate(heights.tolist()):
         if height:
-            (left, top), (right, bottom) = place((low + i * step, height)), place((low + (i + 1) * step, 0))
-            ends = f"{low + i * step:g}" + (f" to {low + (i + 1) * step - whole:g}" if not whole or step > 1 else "")
-            ends += " and more" if i == count - 1 and values.max() >= low + count * step else ""
+            (left, top), (right, bottom) = place((edges[i], height)), place((edges[i + 1], 0))
+            ends = f"{edges[i]:g}" + (f" to {edges[i + 1] - whole:g}" if not whole or step > 1 else "")
+            ends += " and more" if i == count - 1 and values.max() > edges[-1] - whole else ""
+            # Exact, so that a script finds the same values in it.
+            of = f'data-low="{edges[i]!r}" data-high="{edges[i + 1]!r}"{" data-last" if i == count - 1 else ""}'
             bars += (
-                f'<rect class="column" x="{left:.1f}" y="{top:.1f}" width="{max(right - left - 1, 0.8):.1f}" '
+                f'<rect class="column" {of} x="{left:.1f}" y="{top:.1f}" width="{max(right - left - 1, 0.8):.1f}" '
                 f'height="{bottom - top:.1f}"><title>{ends}: {height:,}</title></rect>'
             )
     median = f"median {np.median(values):.4g}"
@@ -153,7 +156,8 @@ def _frame(
 
 
 def training_curves(log: Sequence[Mapping[str, Any]]) -> list[str]:
-    """One chart a quantity of a training log: the loss, each validation metric, then what else was logged.
+    """One chart a quantity of a training log: the loss, each validation metric but not those of single labels, then what else
+    was logged.
 
     Args:
         log: rows with "step" and numbers; names that begin with "eval_" are measured on validation.
@@ -164,7 +168,8 @@ def training_curves(log: Sequence[Mapping[str, Any]]) -> list[str]:
         if not _is_number(step):
             continue
         for name, value in row.items():
-            skipped = name == "step" or name.startswith("train_") or any(part in name for part in _NOT_DRAWN)
+            of_label = name.startswith("eval_") and "/" in name
+            skipped = name == "step" or name.startswith("train_") or of_label or any(part in name for part in _NOT_DRAWN)
             if _is_number(value) and not skipped:
                 found.setdefault(name, []).append((float(step), float(value)))
     measured = [name for name in found if name.startswith("eval_") and name != "eval_loss"]
@@ -239,9 +244,51 @@ def interval_chart(rows: Mapping[str, Mapping[str, Score]], metrics: Sequence[st
     )
 
 
+def difference_chart(title: str, rows: Mapping[str, Score], better: Mapping[str, bool | None], notes: Mapping[str, str]) -> str:
+    """A figure of differences, a forest plot: each row a dot on its interval, and an upright line at no difference.
+
+    Args:
+        title: what differs.
+        rows: name -> difference, drawn in this order; one that is not defined is said to be.
+        better: row -> True, False, or None where that is open, which makes the dot hollow.
+        notes: row -> what stands at the right above its interval.
+    """
+    line, height = 46, 46 * len(rows) + 26
+    ends = [v for score in rows.values() for v in (score.value, score.low, score.high) if math.isfinite(v)]
+    ticks = _ticks(min(0.0, *ends), max(0.0, *ends)) if ends else [-1.0, 0.0, 1.0]
+
+    def x(value: float) -> float:
+        return 14 + (_WIDTH - 28) * (value - ticks[0]) / (ticks[-1] - ticks[0])
+
+    drawn = []
+    for tick, text in zip(ticks, _tick_labels(ticks), strict=True):
+        kind = "axis" if abs(tick) < 1e-12 else "grid"
+        drawn.append(f'<path class="{kind}" d="M{x(tick):.1f} 0V{height - 24}"/>')
+        drawn.append(f'<text x="{x(tick):.1f}" y="{height - 8}" text-anchor="middle">{text}</text>')
+    for i, (row, score) in enumerate(rows.items()):
+        y = line * i + 30
+        drawn.append(f'<text class="row" x="4" y="{y - 13}">{escape(_cut(row, 28))}</text>')
+        drawn.append(f'<text class="note" x="{_WIDTH - 4}" y="{y - 13}" text-anchor="end">{escape(notes.get(row, ""))}</text>')
+        if not math.isfinite(score.value):
+            continue
+        span = ""
+        if math.isfinite(score.low) and math.isfinite(score.high):
+            span = f'<path class="interval" d="M{x(score.low):.1f} {y}H{x(score.high):.1f}"/>'
+        kind = {True: "better", False: "worse", None: "open"}[better.get(row)]
+        dot = f'<circle cx="{x(score.value):.1f}" cy="{y}" r="4"/>'
+        drawn.append(f'<g class="apart {kind}"><title>{escape(row)}: {number(score.value)}</title>{span}{dot}</g>')
+    opening = f'<svg viewBox="0 0 {_WIDTH} {height}" role="img" aria-label="{escape(title)}: differences">'
+    return f'<figure class="chart">{_titled(title, "")}{opening}{"".join(drawn)}</svg></figure>'
+
+
+def _cut(text: str, most: int) -> str:
+    return text if len(text) <= most else text[: most - 1] + "…"
+
+
 def lower_is_better(metric: str) -> bool:
     """Whether a metric is an error, by its name."""
-    return "error" in metric or "loss" in metric
+    measure = metric.split("/")[0]
+    return measure in ("ece", "brier") or "error" in measure or "loss" in measure
 
 
 def interval_strip(score: Score, others: Sequence[Score], mark: float, filled: bool) -> str:
@@ -352,3 +399,34 @@ def _tick_labels(ticks: Sequence[float]) -> list[str]:
 def _scientific(text: str) -> str:
     mantissa, e, exponent = text.partition("e")
     return f"{mantissa}e{int(exponent)}" if e else text
+
+
+def reliability_chart(title: str, bins: Sequence[tuple[float, float, float, float, int]]) -> str:
+    """A figure of how often what is told with a probability is there: a dot a bin, the larger the more are in it, on its
+    interval, and the diagonal of probabilities that can be taken at their word. Its expected calibration error stands above.
+
+    Args:
+        title: whose probabilities.
+        bins: by probability: their mean probability, share, low and high end of its interval, and number.
+    """
+    if not bins:
+        return f'<figure class="chart">{_titled(title, "")}<p class="quiet">no studies</p></figure>'
+    ticks = [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]
+    frame, place = _frame((ticks, ticks), "probability", [0.0, 1.0])
+    frame += f'<text x="{_LEFT + 4}" y="{_TOP - 3}">share that has it</text>'
+    (left, bottom), (right, top) = place((0, 0)), place((1, 1))
+    frame += f'<path class="axis" stroke-dasharray="3 4" d="M{left:.1f} {bottom:.1f}L{right:.1f} {top:.1f}"/>'
+    most, total = max(n for *_, n in bins), sum(n for *_, n in bins)
+    drawn = "".join(
+        f'<path d="M{place((p, low))[0]:.1f} {place((p, low))[1]:.1f}V{place((p, high))[1]:.1f}"/>' for p, _, low, high, _ in bins
+    )
+    for p, share, low, high, n in bins:
+        x, y = place((p, share))
+        drawn += (
+            f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{2 + 4.5 * math.sqrt(n / most):.1f}"><title>{n:,} at {p:.3f}: '
+            f"{share:.3f} ({low:.3f}–{high:.3f})</title></circle>"
+        )
+    error = sum(n * abs(p - share) for p, share, _, _, n in bins) / total
+    note = f"ECE {number(error)}, {total:,} probabilities"
+    label = f"{title}: share that has it against probability, {note}"
+    return _figure(_titled(title, note), label, f'{frame}<g class="series plain">{drawn}</g>')

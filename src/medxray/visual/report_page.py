@@ -1,25 +1,28 @@
 """The page of a run folder: one HTML file that needs nothing beside it and no network."""
 
 import math
+import operator
 import os
-import re
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from html import escape
-from itertools import groupby
+from itertools import chain, groupby
+from pathlib import Path
 from typing import Any
 
-from medxray.types import Score, Scores
-from medxray.visual import ContextCard, StudyCard
-from medxray.visual.attention import ACROSS, EDGE, heat_sheet
-from medxray.visual.charts import bar, interval_strip, lower_is_better, number, training_curves
-from medxray.visual.page import TABLE, encoded, image_tag, write_page
+import numpy as np
+from tqdm.auto import tqdm
 
-LARGEST, LARGEST_OF_MANY, THUMBNAIL = 256, 176, 80
-"""Longest side in pixels of a study's one or two images, of more, and of a context image."""
+from medxray.types import Score, Scores
+from medxray.visual import StudyCard
+from medxray.visual.charts import histogram, interval_strip, lower_is_better, number, training_curves
+from medxray.visual.page import TABLE, style, write_page, writing
+from medxray.visual.study_list import StudyList, choices
 
 _FLOORS = ("best constant", "most frequent", "nearest")
 _MAIN = ("finding-f1", "bleu-4", "auroc", "average-precision", "reconstruction-error")
-_SHARED_WORDS = 3
+_DISTRIBUTIONS = 6
 
 
 def report_page(
@@ -29,11 +32,17 @@ def report_page(
     spec_yaml: str,
     log: Sequence[Mapping[str, Any]],
     scores: Scores | None,
-    studies: Sequence[StudyCard],
+    studies: Iterable[StudyCard],
     facts: Mapping[str, str],
     notes: Sequence[str],
+    values: Mapping[str, Sequence[float] | np.ndarray] | None = None,
+    calibration: Sequence[str] = (),
+    count: int | None = None,
+    progress: bool = False,
 ) -> None:
     """Write a run's page; a file that is there is replaced only once the new one is complete.
+
+    Studies are written as they come and not held, so that a generator of thousands takes little memory.
 
     Args:
         path: the file to write; its folder is made when missing.
@@ -42,25 +51,102 @@ def report_page(
         log: rows of the training log, as `training_curves` takes them.
         scores: the table, or None before an evaluation. Rows called after a floor ("best constant ...", "most
             frequent ...", "nearest ...") are what the verdict compares with.
-        studies: shown in this order.
+        studies: shown in this order, until a reader takes another.
         facts: versions, parameters, times.
         notes: sentences that a reader of the scores must know.
+        values: score -> each study's own value (n,), by which the list is sorted; NaN where it has none.
+        calibration: figures, as HTML, on whether probabilities can be believed.
+        count: how many studies there are, by which the size of their images is chosen; their length if None.
+        progress: show a bar.
 
     Raises:
         RunError: the file cannot be written.
         MedxrayError: an image is not (H, W).
     """
-    curves = training_curves(log)
-    sections = {
-        "Scores": _scores(scores, [*(scores.notes if scores else []), *notes]),
-        "Training": f'<div class="curves">{"".join(curves)}</div>' if curves else "",
-        "Studies": _studies(studies),
-        "Spec": f"<details><summary>The resolved spec</summary><pre>{escape(spec_yaml)}</pre></details>",
-        "Run": "<dl>" + "".join(f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in facts.items()) + "</dl>",
-    }
-    sections["Run"] = "" if sections["Run"] == "<dl></dl>" else sections["Run"]
-    words = max((len(study.prediction.split()) for study in studies if study.attention), default=0)
-    write_page(path, title, _verdict(scores), sections, _choices(words))
+    count = operator.length_hint(studies, 0) if count is None else count
+    with ExitStack() as stack:
+        with writing(path):
+            folder = Path(path).parent
+            blocks = stack.enter_context(tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace", dir=folder))
+        listed = StudyList(blocks, values or {}, count)
+        for study in tqdm(studies, total=count, desc="page", unit="study", disable=not progress):
+            with writing(path):
+                listed.add(study)
+        curves = training_curves(log)
+        sections = {
+            "Scores": _scores(scores, [*(scores.notes if scores else []), *notes]),
+            "Subgroups": _subgroups(scores) if scores else "",
+            "Findings": _findings(listed.found),
+            "Distribution": _distribution(listed.columns, listed.labels),
+            "Calibration": f'<div class="curves">{"".join(calibration)}</div>' if calibration else "",
+            "Training": f'<div class="curves">{"".join(curves)}</div>' if curves else "",
+            "Studies": listed.html(),
+            "Spec": f"<details><summary>The resolved spec</summary><pre>{escape(spec_yaml)}</pre></details>",
+            "Run": _facts(facts),
+        }
+        script = style("report_page.js") if len(listed) else ""
+        blocks.seek(0)
+        data = chain(blocks, [listed.index()]) if len(listed) else []
+        write_page(path, title, _verdict(scores), sections, choices(listed.words), script, data)
+
+
+def _facts(facts: Mapping[str, str]) -> str:
+    rows = "".join(f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in facts.items())
+    return f"<dl>{rows}</dl>" if rows else ""
+
+
+def _findings(found: Mapping[str, Mapping[str, int]]) -> str:
+    """For each observation what both texts find, the reference alone, and the prediction alone."""
+    kinds = (("found", "aw"), ("wrong side", "w"), ("missed", "m"), ("hallucinated", "h"))
+    lines = ""
+    for name, of in sorted(found.items(), key=lambda row: -sum(row[1][letter] for letter in "awm")):
+        named, hits, total = of["a"] + of["w"] + of["m"], of["a"] + of["w"], sum(of.values())
+        drawn = ""
+        for kind, letter in (("agreed", "a"), ("differs", "w"), ("missed", "m"), ("unsupported", "h")):
+            drawn += f'<span class="{kind}" style="width:{100 * of[letter] / total:.2f}%"></span>' if of[letter] else ""
+        said = ", ".join(f"{sum(of[x] for x in letters)} {kind}" for kind, letters in kinds)
+        picture = f'<span class="shares" role="img" aria-label="{escape(name)}: {said}">{drawn}</span>'
+        links = "".join(
+            f'<td><a href="#studies" data-finding="{escape(name)}" data-kind="{letters}">{count:,}</a></td>' if count
+            else '<td class="quiet">0</td>'
+            for count, letters in ((sum(of[x] for x in letters), letters) for _, letters in kinds)
+        )
+        f1 = 2 * hits / (2 * hits + of["m"] + of["h"])
+        lines += f'<tr><th scope="row">{escape(name)}</th><td>{picture}</td><td>{named:,}</td>{links}<td>{number(f1)}</td></tr>'
+    if not lines:
+        return ""
+    head = "".join(f'<th scope="col">{name}</th>' for name in ("", "in the reference", *(k for k, _ in kinds), "F1"))
+    legend = "".join(
+        f'<span><span class="shares"><span class="{kind}" style="width:100%"></span></span> {text}</span>'
+        for kind, text in (
+            ("agreed", "in both texts"), ("differs", "in both, on another side"), ("missed", "missed"),
+            ("unsupported", "hallucinated"),
+        )
+    )  # fmt: skip
+    return (
+        f'<p class="quiet marks">{legend}</p><div class="findings">{TABLE.format(head=head, body=lines)}</div>'
+        '<p class="quiet">Numbers of studies, read from the texts by rules; what is in doubt counts as found. A bar has the '
+        "studies in which either text finds the observation. A number leads to its studies.</p>"
+    )
+
+
+def _distribution(columns: Mapping[str, Sequence[float]], labels: Collection[str]) -> str:
+    """How each score is spread over the studies; not of single labels."""
+    charts = []
+    for name, column in columns.items():
+        values = np.array(column, dtype=np.float64)
+        values = values[np.isfinite(values)]
+        if name in labels or name in ("bleu-2", "bleu-3") or len(values) < 2 or values.min() == values.max():
+            continue
+        if (values == values.round()).all():
+            values = values.astype(np.int64)
+        charts.append(f'<div data-score="{escape(name)}">{histogram(name, values, "score of a study")}</div>')
+    shown = f'<div class="curves">{"".join(charts[:_DISTRIBUTIONS])}</div>'
+    if charts[_DISTRIBUTIONS:]:
+        rest = "".join(charts[_DISTRIBUTIONS:])
+        shown += f'<details><summary>{len(charts) - _DISTRIBUTIONS} more</summary><div class="curves">{rest}</div></details>'
+    note = '<p class="quiet">Studies by their own score. A column leads to its studies.</p>'
+    return note + shown if charts else ""
 
 
 def _gain(metric: str, value: float, than: float) -> float:
@@ -146,6 +232,16 @@ def _scores(scores: Scores | None, notes: Sequence[str]) -> str:
     )
 
 
+def _subgroups(scores: Scores) -> str:
+    overall = [m for m in scores if "/" not in m]
+    tables = ""
+    for attribute, groups in scores.subgroups.items():
+        sized = {f"{group}, {max((s.n for s in own.values()), default=0):,} studies": own for group, own in groups.items()}
+        table = _table(Scores(scores.scores, sized, title="all studies"), overall)
+        tables += f"<details open><summary>by {escape(attribute)}</summary>{table}</details>"
+    return tables
+
+
 def _table(scores: Scores, metrics: Sequence[str]) -> str:
     head = "".join(
         f'<th scope="col">{escape(m)}{" <i>lower is better</i>" if lower_is_better(m) else ""}</th>' for m in metrics
@@ -178,208 +274,3 @@ def _cell(scores: Scores, row: str, metric: str, of: Sequence[str] = ()) -> str:
     column = [values[m] for values in scores.rows.values() for m in (of or [metric]) if m in values]
     strip = interval_strip(score, column, mark, filled=row == scores.title)
     return f'<td><span class="value">{number(score.value)}</span>{_interval(score)}{strip}</td>'
-
-
-def _studies(studies: Sequence[StudyCard]) -> str:
-    if not studies:
-        return ""
-    lines = []
-    if any(study.reference and study.prediction for study in studies):
-        lines.append(
-            'In a prediction: <mark class="shared">words that the reference has too</mark>, three or more in a row or a '
-            'whole sentence. In a reference: <mark class="missed">what the prediction lacks</mark>.'
-        )
-    if any(study.confidence for study in studies):
-        steps = "".join(f'<span style="--doubt:{doubt}">{1 - doubt:.0%}</span>' for doubt in (0.0, 0.25, 0.5, 0.75, 1.0))
-        lines.append(f'The probability that the model gave to a word: <span class="steps">{steps}</span>.')
-    if any(study.attention for study in studies):
-        lines.append(
-            "The colour over an image: where the words looked, from the average region "
-            '<span class="ramp"></span> to the most looked at. Point at a word or choose it, also by the arrow keys, to see '
-            "its own map; point at the image to see it bare. Attention is what the model read, not why it wrote a word."
-        )
-    if any(card.similarity is not None for study in studies for card in study.context):
-        lines.append("Beneath a context image: how near it is, the cosine of its features with those of the study.")
-    legend = "".join(f'<p class="quiet">{line}</p>' for line in lines)
-    written = any(study.reference or study.prediction for study in studies)
-    cards = "".join(_study(study, i) for i, study in enumerate(studies))
-    return f'{legend}<div class="studies{"" if written else " pictures"}">{cards}</div>'
-
-
-def _study(study: StudyCard, place: int) -> str:
-    largest = LARGEST if len(study.images) <= 2 else LARGEST_OF_MANY
-    captions = [*study.captions, *[""] * len(study.images)]
-    heats = [*_heats(study), *[""] * len(study.images)]
-    images = "".join(
-        f'<figure><div class="picture">{image_tag(image, largest, f"{study.study_id} {caption}".strip())}{heat}</div>'
-        f"<figcaption>{escape(caption)}</figcaption></figure>"
-        for image, caption, heat in zip(study.images, captions, heats, strict=False)
-    )
-    texts = ""
-    if study.reference or study.prediction:
-        both = bool(study.reference and study.prediction)
-        reference = _plain(_marked(study.reference, study.prediction if both else None, "missed"))
-        marked = _marked(study.prediction, study.reference if both else None, "shared")
-        prediction = _words(study, marked, place) if study.confidence or study.attention else _plain(marked)
-        empty = '<span class="quiet">empty</span>'
-        remark = f'<p class="quiet remark">{escape(study.remark)}</p>' if study.remark else ""
-        texts = (
-            f'<div class="texts"><div><h4>Reference</h4><p>{reference or empty}</p></div>'
-            f"<div><h4>Prediction</h4><p>{prediction or empty}</p>{remark}</div></div>"
-        )
-    return (
-        f'<article><h3>{escape(study.study_id)}</h3><div class="body"><div class="images">{images}</div>'
-        f'<div class="rest">{texts}{_bars(study)}{_context(study.context)}</div></div></article>'
-    )
-
-
-def _heats(study: StudyCard) -> list[str]:
-    """For each image with attention its sheet of maps, the one at rest first, then one for each word."""
-    if not study.attention or not study.attention[0].shape[0]:
-        return []
-    sheets = []
-    for sheet, (h, w), rows in heat_sheet(study.attention, study.pointed, study.study_id):
-        # One tile of the sheet fills the frame, but for its edge; --x and --y say which.
-        across, down = w + 2 * EDGE, h + 2 * EDGE
-        style = (
-            f"--w:{100 * across / w:.3f}%;--h:{100 * down / h:.3f}%;--l:{100 * EDGE / w:.3f}%;--t:{100 * EDGE / h:.3f}%;"
-            f"--rows:{rows}"
-        )
-        data = encoded(sheet)
-        sheets.append(f'<span class="heat" style="{style}"><img src="{data}" alt=""></span>')
-    return sheets
-
-
-def _choices(words: int) -> str:
-    """Style rules that turn the sheets of a study to the map of the word that is chosen, or else pointed at."""
-    rules = []
-    for state in (">:checked", ":hover"):
-        rules += [
-            f"article:has(.w{i}{state}){{--x:{(i + 1) % ACROSS};--y:{(i + 1) // ACROSS}}}" for i in range(words)
-        ]
-    return "".join(rules)
-
-
-def _words(study: StudyCard, marked: Sequence[tuple[str, str]], place: int) -> str:
-    """A prediction whose words are shaded by their probability and choose a map; `marked` as `_marked` gives it."""
-    pieces, count, group = [], 0, f"map-{place}"
-    sure = study.confidence if len(study.confidence) == len(study.prediction.split()) else []
-    maps = bool(study.attention and len(study.attention[0]))
-    for is_space, run in groupby(marked, key=lambda piece: piece[0].isspace()):
-        text = _plain(list(run))
-        if is_space:
-            pieces.append(text)
-            continue
-        shade = title = button = ""
-        if sure and math.isfinite(sure[count]):
-            shade = f' style="--doubt:{1 - sure[count]:.2f}"'
-            title = f' title="{sure[count]:.0%}"'
-        if maps:
-            button = f'<input type="radio" name="{group}">'
-        kind = "label" if maps else "span"
-        pieces.append(f'<{kind} class="word w{count}"{shade}{title}>{button}{text}</{kind}>')
-        count += 1
-    if maps:
-        name = "findings" if study.pointed else "all words"
-        pieces.append(f' <label class="rest-map"><input type="radio" name="{group}" checked>map of {name}</label>')
-    return "".join(pieces)
-
-
-def _bars(study: StudyCard) -> str:
-    if not study.scores:
-        return ""
-    if len(study.scores) == 1:
-        name, value = next(iter(study.scores.items()))
-        return f'<p class="single">{escape(name)} <b>{number(value)}</b></p>'
-    known = {1: "present", 0: "absent", -1: "uncertain"}
-    head = "<tr><th></th><th></th><th></th><th>reference</th></tr>" if study.labels else ""
-    lines = ""
-    for name, value in study.scores.items():
-        label = study.labels.get(name)
-        truth = known.get(label, "") if label is not None else ""
-        lines += (
-            f'<tr{" class=present" if label == 1 else ""}><th scope="row">{escape(name)}</th>'
-            f"<td>{bar(value)}</td><td>{number(value)}</td>{f'<td>{truth}</td>' if study.labels else ''}</tr>"
-        )
-    return f'<table class="bars">{head}{lines}</table>'
-
-
-def _context(context: Sequence[ContextCard]) -> str:
-    if not context:
-        return ""
-    thumbnails = lines = ""
-    for card in context:
-        pool, name = escape(card.pool), escape(card.study_id)
-        near = f" <b>{number(card.similarity)}</b>" if card.similarity is not None else ""
-        picture = image_tag(card.image, THUMBNAIL, card.study_id) if card.image is not None else "<span>no image</span>"
-        thumbnails += (
-            f'<figure class="{"normal" if card.pool == "normal" else "other"}" '
-            f'title="{name}: {escape(card.report)}">{picture}<figcaption>{pool}{near}</figcaption></figure>'
-        )
-        lines += f"<li><b>{name}</b> <i>{pool}{near}</i> {escape(card.report)}</li>"
-    counts = ", ".join(
-        f"{sum(card.pool == pool for card in context)} {escape(pool)}"
-        for pool in dict.fromkeys(c.pool for c in context)
-    )
-    return (
-        f'<div class="context"><h4>Context <span class="quiet">{counts}</span></h4>'
-        f'<div class="thumbnails">{thumbnails}</div>'
-        f"<details><summary>their reports</summary><ul>{lines}</ul></details></div>"
-    )
-
-
-def _marked(text: str, other: str | None, kind: str) -> list[tuple[str, str]]:
-    """The text in pieces, each with its mark: `shared` for words that `other` has too, `missed` for those that it lacks,
-    "" for what is not marked, as all is where `other` is None."""
-    tokens = _tokens(text)
-    if other is None:
-        return [(token, "") for token in tokens]
-    there = {run for sentence in _sentences(_tokens(other)) for run in _runs([word for _, word in sentence])}
-    common = [False] * len(tokens)
-    for sentence in _sentences(tokens):
-        words = [word for _, word in sentence]
-        length = min(_SHARED_WORDS, len(words))
-        for start in range(len(words) - length + 1):
-            if tuple(words[start : start + length]) in there or ("", *words) in there:
-                for place, _ in sentence[start : start + length]:
-                    common[place] = True
-    marked = [bool(_word(token)) and common[i] == (kind == "shared") for i, token in enumerate(tokens)]
-    # A space between two marked words of a sentence belongs to the mark.
-    for i in range(1, len(tokens) - 1):
-        if tokens[i].isspace() and marked[i - 1] and marked[i + 1]:
-            marked[i] = True
-    return [(token, kind if mark else "") for token, mark in zip(tokens, marked, strict=True)]
-
-
-def _plain(pieces: Sequence[tuple[str, str]]) -> str:
-    """Pieces with their marks, neighbours of one mark in one."""
-    found = []
-    for kind, run in groupby(pieces, key=lambda piece: piece[1]):
-        piece = escape("".join(text for text, _ in run))
-        found.append(f'<mark class="{kind}">{piece}</mark>' if kind else piece)
-    return "".join(found)
-
-
-def _tokens(text: str) -> list[str]:
-    return re.findall(r"\s+|[^\s.;!?]+(?:[.][^\s.;!?]+)*|[.;!?]+", text)
-
-
-def _word(token: str) -> str:
-    return re.sub(r"[^\w]+", "", token.lower())
-
-
-def _sentences(tokens: Sequence[str]) -> list[list[tuple[int, str]]]:
-    """Words with their places, sentence by sentence."""
-    sentences: list[list[tuple[int, str]]] = [[]]
-    for i, token in enumerate(tokens):
-        if re.fullmatch(r"[.;!?]+", token):
-            sentences.append([])
-        elif word := _word(token):
-            sentences[-1].append((i, word))
-    return [sentence for sentence in sentences if sentence]
-
-
-def _runs(words: list[str]) -> list[tuple[str, ...]]:
-    """Every three words in a row, and the whole sentence, told apart by an empty first word."""
-    inside = [tuple(words[i : i + _SHARED_WORDS]) for i in range(len(words) - _SHARED_WORDS + 1)]
-    return [*inside, ("", *words)]

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+from medxray.data.attributes import age_band_of, sex_of
 from medxray.data.readers import Reader, frontal_first, split_of, view_of
 from medxray.data.readers.csv import VALUES, Table, read_table
 from medxray.registry import nearest
@@ -96,6 +97,8 @@ class CheXpert(Reader):
     def _studies(self, table: Table, split: str, valid: str, places: "Places") -> list[Study]:
         views = _views(table)
         labels = labels_of(table, some=split == "test")
+        blank = [""] * len(table)
+        sexes, ages = table.columns.get("Sex", blank), table.columns.get("Age", blank)
         shots: dict[str, list[tuple[str, str]]] = {}
         first: dict[str, int] = {}
         patient_of: dict[str, str] = {}
@@ -125,6 +128,8 @@ class CheXpert(Reader):
                     report="",
                     labels=dict(labels[row]),
                     split=assigned(split, patient, valid),
+                    sex=sex_of(sexes[row]),
+                    age_band=age_band_of(ages[row]),
                 )
             )
         return studies

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
+from medxray.data.attributes import age_band_of, sex_of
 from medxray.data.readers import Reader, frontal_first
 from medxray.data.readers.chexpert import LABELS, Places, assigned, patient_folders, place_of, view_from
 from medxray.data.readers.csv import SPLITS, Table, read_table
@@ -23,8 +24,8 @@ class CheXpertPlus(Reader):
     Root holds `df_chexpert_plus_240401.csv` and the images below any folder (`PNG/`, `DICOM/`, one for each archive
     that was unpacked), and, for labels, `chexbert_labels/` or `chexbert_labels.zip`. Rows of one study may have
     different reports: texts and labels are those of its first frontal image's row, or of the next that has the section
-    to learn. The report before is told by `patient_report_date_order`. Age, sex and the other columns about a person
-    are not kept.
+    to learn. The report before is told by `patient_report_date_order`. Of the columns about a person sex and a band
+    of age are kept.
 
     Args:
         report: what of a report is learned; all is the column `report`.
@@ -159,6 +160,8 @@ class _Rows:
         for row, cell in enumerate(self.splits):
             if cell not in SPLITS:
                 raise DataError(f"{table.where(row)}: split {cell!r}; expected train or valid; fetch the table again")
+        blank = [""] * len(table)
+        self.sexes, self.ages = table.columns.get("sex", blank), table.columns.get("age", blank)
         self.reasons = table["section_clinical_history"], table["section_history"]
         self.shots = [
             place_of(path, f"{table.where(i)}: path_to_image") for i, path in enumerate(table["path_to_image"])
@@ -211,6 +214,8 @@ class _Rows:
             split=split,
             indication=next(filter(None, (cells[row].strip() for cells in self.reasons)), ""),
             prior=chosen(self.texts(self.main[before]), "findings+impression") if before else "",
+            sex=sex_of(self.sexes[row]),
+            age_band=age_band_of(self.ages[row]),
         )
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from medxray.data.attributes import age_band_of, agreed, manufacturer_of, sex_of
 from medxray.data.readers import Reader, frontal_first, read_text, split_of, view_of
 from medxray.data.readers.reports import chosen
 from medxray.data.text import sections
@@ -35,7 +36,7 @@ SEPARATORS = {"comma": ",", "semicolon": ";", "tab": "\t", "bar": "|"}
 LARGEST_CELL = 2**20
 """Characters of a cell; more is an open quote."""
 
-NOT_LABELS = {"age", "sex", "indication", "comparison", "technique", "findings", "impression"}
+NOT_LABELS = {"age", "age_band", "sex", "manufacturer", "indication", "comparison", "technique", "findings", "impression"}
 
 
 @dataclass
@@ -157,7 +158,8 @@ def _trouble(message: str) -> str:
 
 
 class CSV(Reader):
-    """One row an image; rows of one study are grouped, in the order of their first row.
+    """One row an image; rows of one study are grouped, in the order of their first row. Columns sex, age (in years; its
+    band alone is kept) and manufacturer, where there are any, tell of which subgroups a study is.
 
     Args:
         file: the table, below root; FILE.gz is taken where only that is there.
@@ -259,6 +261,7 @@ class CSV(Reader):
                     "remove the row"
                 )
             rows.setdefault(name, []).append(row)
+        sexes, ages, bands, makers = (table.columns.get(c, blank) for c in ("sex", "age", "age_band", "manufacturer"))
         studies = []
         for name, own in rows.items():
             first = own[0]
@@ -294,6 +297,9 @@ class CSV(Reader):
                     split=_split(splits[first], table, first) if splits else split_of(patient or name),
                     indication=indications[first] if indications else found.get("indication", ""),
                     prior=(priors or blank)[first],
+                    sex=agreed(sex_of(sexes[row]) for row in own),
+                    age_band=agreed(age_band_of(ages[row] or bands[row]) for row in own),
+                    manufacturer=agreed(manufacturer_of(makers[row]) for row in own),
                 )
             )
         return studies

@@ -20,6 +20,7 @@ from typing import Any, Literal, NamedTuple
 from tqdm import tqdm
 
 from medxray.cache import cache_folder
+from medxray.data.attributes import agreed, manufacturer_of, sex_of
 from medxray.data.dicom_headers import HEADER, Header, StructuredReport, class_name, structured_report
 from medxray.data.privacy import Names, find_key
 from medxray.data.readers import Reader, frontal_first, split_of
@@ -30,7 +31,7 @@ from medxray.types import DataError, ImageError, Study
 
 IMAGE, REPORT, NO_DICOM = "image", "report", "no DICOM file"
 
-_VERSION = 1  # of what an index holds
+_VERSION = 2  # of what an index holds
 _MANY = 500  # files that are worth a bar
 _BARE = (b"\x02\x00", b"\x08\x00")  # how files without a preamble begin
 _LARGEST = 25_000_000  # pixels of a deflated file, which is unpacked to be read at all
@@ -68,6 +69,9 @@ class _File(NamedTuple):
     image: str = ""
     view: str = "unknown"
     burned_in: int | None = None
+    sex: str = ""
+    age_band: str = ""
+    manufacturer: str = ""
     visit: int = -1  # which of its patient's times the study is of; -1 where none is told
     place: int = 0  # of the image in its study
 
@@ -523,6 +527,9 @@ class DicomFolder(Reader):
                     indication=report.indication,
                     prior=before[last[1]] if last is not None else "",
                     burned_in=1 if 1 in burned else None if None in burned else 0,
+                    sex=agreed(file.sex for file in own),
+                    age_band=agreed(file.age_band for file in own),
+                    manufacturer=agreed(file.manufacturer for file in own),
                 )
             )
         return studies
@@ -744,6 +751,9 @@ def _read(header: Header, kind: str, path: str, stamp: str, names: Names) -> _Re
         image=names("image", header["instance"] or path),
         view=header.view(),
         burned_in={"YES": 1, "NO": 0}.get(header["burned in"].upper()),
+        sex=sex_of(header["sex"]),
+        age_band=header.age_band(),
+        manufacturer=manufacturer_of(header["manufacturer"]),
     )
     return _Read(file, moment, (header.whole("series number"), header.whole("number")))
 

@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
+from medxray.data.attributes import age_band_of, sex_of
 from medxray.data.readers import Reader, read_text, split_of, view_of
 from medxray.data.readers.csv import read_table
 from medxray.types import DataError, Study
@@ -46,6 +47,9 @@ class NIHChestXray14(Reader):
         table = read_table(self.table(*TABLES))
         names, patients = table["Image Index"], table["Patient ID"]
         positions, findings = table["View Position"], table["Finding Labels"]
+        blank = [""] * len(table)
+        ages = table.columns.get("Patient Age", blank)
+        sexes = table.columns.get("Patient Sex") or table.columns.get("Patient Gender", blank)
         lists = self._lists() if self.official else {}
         places = self._places()
         labels: dict[str, dict[str, int | None]] = {}
@@ -82,6 +86,8 @@ class NIHChestXray14(Reader):
                     report="",
                     labels=dict(labels[cell]),
                     split=split,
+                    sex=sex_of(sexes[row]),
+                    age_band=age_band_of(ages[row]),
                 )
             )
         return studies

@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from medxray.data.attributes import age_band_between, agreed, manufacturer_of, sex_of
 from medxray.data.readers import Reader, frontal_first, split_of
 from medxray.data.readers.csv import Table, read_table
 from medxray.types import DataError, Study
@@ -31,7 +32,8 @@ class PadChest(Reader):
 
     Root holds `PADCHEST_chest_x_ray_images_labels_160K_01.02.19.csv` and the 16-bit images, in the numbered folders of
     the table's ImageDir, or all in one folder (root or `images/`). There is no official split: patients are divided
-    80/10/10 by a stable hash. Dates, years of birth and what else the table has of a DICOM header are not kept.
+    80/10/10 by a stable hash. Of dates and years of birth a band of age is kept, of what else the table has of a DICOM
+    header sex and manufacturer.
 
     Args:
         projections: images of these only; null takes PA, AP, AP_horizontal and L (lateral), and leaves out COSTAL
@@ -74,6 +76,11 @@ class PadChest(Reader):
         studies: dict[tuple[str, str, str], list[int]] = {}
         for key, row in zip(self._keys(table, rows), rows, strict=True):
             studies.setdefault(key, []).append(row)
+        blank = [""] * len(table)
+        births, dates, sexes, makers = (
+            table.columns.get(name, blank)
+            for name in ("PatientBirth", "StudyDate_DICOM", "PatientSex_DICOM", "Manufacturer_DICOM")
+        )
         reports = Counter(study for study, _, _ in studies)
         split_by_patient = {patient: split_of(patient) for patient in {patient for _, patient, _ in studies}}
         found: list[Study] = []
@@ -93,6 +100,9 @@ class PadChest(Reader):
                     report=text,
                     labels={},
                     split=split_by_patient[patient],
+                    sex=agreed(sex_of(sexes[row]) for row in own),
+                    age_band=agreed(age_band_between(births[row].removesuffix(".0"), dates[row]) for row in own),
+                    manufacturer=agreed(manufacturer_of(makers[row]) for row in own),
                 )
             )
             given.append(frozenset().union(*(tags[row] for row in own)))

@@ -2,14 +2,18 @@
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
+from medxray.data.attributes import manufacturer_of
 from medxray.data.readers import Reader, read_text, split_of
 from medxray.data.readers.csv import read_table
 from medxray.types import DataError, Study
+
+if TYPE_CHECKING:
+    from medxray.data.images import ImageHeader
 
 LABELS, CLASSES = "stage_2_train_labels.csv", "stage_2_detailed_class_info.csv"
 TRAIN, TEST = "stage_2_train_images", "stage_2_test_images"
@@ -38,7 +42,8 @@ class RSNAPneumonia(Reader):
         test: patients divides the labelled images 80/10/10 by a stable hash of the patient; challenge takes the
             challenge's own test images, which have no labels, and of the others one patient in ten for validation.
             With the mapping, labelled images of patients that the challenge tests are then left out, and listed.
-        headers: read each file's header for its view, PA or AP, which takes a while; else the views are unknown.
+        headers: read each file's header for its view, PA or AP, sex, band of age and manufacturer, which takes a while;
+            else they are unknown.
     """
 
     def __init__(
@@ -79,20 +84,23 @@ class RSNAPneumonia(Reader):
             splits |= dict.fromkeys(tested, "test")
             images |= {image: f"{TEST}/{image}.dcm" for image in tested}
         paths = [self.inside(path, str(self.root / LABELS)) for path in images.values()]
-        views = self._views(paths)
+        headers = self._headers(paths)
         return [
             Study(
                 study_id=image,
                 patient_id=patients[image],
                 images=[path],
-                views=[view],
+                views=[header.view if header else "unknown"],
                 findings="",
                 impression="",
                 report="",
                 labels=dict(labels.get(image, {})),
                 split=splits[image],
+                sex=header.sex if header else "",
+                age_band=header.age_band if header else "",
+                manufacturer=manufacturer_of(header.manufacturer) if header else "",
             )
-            for image, path, view in zip(images, paths, views, strict=True)
+            for image, path, header in zip(images, paths, headers, strict=True)
         ]
 
     def _labels(self) -> dict[str, dict[str, int | None]]:
@@ -160,10 +168,10 @@ class RSNAPneumonia(Reader):
             raise DataError(f"{self.root / TEST}: no file *.dcm; unpack the challenge's test images there")
         return found
 
-    def _views(self, paths: list[str]) -> list[str]:
+    def _headers(self, paths: list[str]) -> "Sequence[ImageHeader | None]":
         if not self.headers:
-            return ["unknown"] * len(paths)
+            return [None] * len(paths)
         from medxray.data.images import read_header
 
         with ThreadPoolExecutor() as pool:
-            return list(pool.map(lambda path: read_header(self.root / path).view, paths))
+            return list(pool.map(lambda path: read_header(self.root / path), paths))
