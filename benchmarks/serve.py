@@ -57,7 +57,7 @@ def main() -> None:
 
 
 def fitted(folder: Path, steps: int) -> Path:
-    settings = ["training.epochs=null", f"training.steps={steps}", f"output={folder / 'run'}"]
+    settings = [f"training.steps={steps}", f"output={folder / 'run'}"]
     settings += [f"data.reader.root={folder / 'train'}"]
     return medxray.build("r2gencsr-phantom", settings).fit(progress=False).folder
 

@@ -39,6 +39,14 @@ def test_overrides_are_typed_by_the_spec() -> None:
     assert spec.encoder.trainable is False
 
 
+def test_of_two_ways_to_say_the_same_the_one_that_is_named_counts() -> None:
+    steps = read(["training.steps=3"]).training
+    assert (steps.epochs, steps.steps) == (None, 3)
+    assert Spec.read(read(["training.steps=3"]), {"training": {"epochs": 1}}).training.steps is None
+    assert read(["training.learning_rate=1e-4"], "hd-mae-release").training.peak() == 1e-4
+    assert read(["training.base_learning_rate=1e-4"]).training.learning_rate is None
+
+
 def test_naming_another_part_drops_the_settings_of_the_old_one() -> None:
     spec = read(["encoder.name=vmamba"]).to_dict()["encoder"]
     assert spec["name"] == "vmamba" and "heads" not in spec
@@ -68,7 +76,7 @@ BAD = {
     "missing section": (["encoder=null"], r"encoder: missing; task 'report' needs one of .*vit"),
     "missing reader": (["data.reader=null"], r"data.reader: missing; expected one of .*csv, .*iu-xray, .*webdataset"),
     "unknown metric": (["metrics=[blue]"], r"metrics.0.name: unknown metric 'blue'; did you mean 'bleu'\?"),
-    "epochs and steps": (["training.steps=3"], r"training: give either epochs or steps"),
+    "epochs and steps": (["training.steps=3", "training.epochs=2"], r"training: give either epochs or steps"),
     "not key=value": (["encoder"], r"override 'encoder': expected key=value"),
     "name of a path": (["name=a/b"], r"name: .*match pattern"),
 }

@@ -327,7 +327,7 @@ class Spec(Section):
         Args:
             source: a packaged spec's name, a YAML file's path, a mapping, or a Spec.
             overrides: a nested mapping, or `key=value` strings such as "encoder.name=vit"; naming another
-                part drops the settings of the one it replaces.
+                part drops the settings of the one it replaces, and steps or a base rate those of epochs or a rate.
 
         Raises:
             SpecError: with one line for each mistake: the path in the spec, what was expected and found.
@@ -582,10 +582,18 @@ def _parse_overrides(pairs: Sequence[str]) -> tuple[dict[str, Any], dict[tuple[s
     return tree, raw
 
 
+_EITHER = (("epochs", "steps"), ("learning_rate", "base_learning_rate"))
+
+
 def _merge(base: Any, over: Any, location: tuple[str, ...]) -> Any:
     if not isinstance(over, Mapping) or not isinstance(base, Mapping):
         return _plain(over)
     kept = dict(base)
+    if location == ("training",):
+        # Of two ways to say the same the one that is named now counts.
+        for pair in _EITHER:
+            named = [key for key in pair if over.get(key) is not None]
+            kept |= dict.fromkeys(set(pair) - set(named)) if len(named) == 1 else {}
     if "name" in over and "name" in base and over["name"] != base["name"] and location and location[-1] in SECTIONS:
         shared = set(registry_of(location[-1]).settings.model_fields) - {"name", "weights"}
         kept = {key: value for key, value in base.items() if key in shared}

@@ -229,7 +229,7 @@ def test_a_spec_fits_on_shards(unbroken: Path, tmp_path: Path) -> None:
         "classify-phantom",
         [
             "data.reader.name=parquet", f"data.reader.root={unbroken}", f"data.image_size={SIZE}", "encoder.patch=8",
-            "training.steps=3", "training.epochs=null", "training.batch_size=4", f"output={tmp_path}/run",
+            "training.steps=3", "training.batch_size=4", f"output={tmp_path}/run",
             "data.labels=[Cardiomegaly]",
         ],
     ).fit(progress=False)  # fmt: skip
