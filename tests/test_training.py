@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -12,9 +13,11 @@ from torch import Tensor
 
 import medxray
 from medxray import Spec
+from medxray.data.readers import Locality
+from medxray.pipeline import read_log
 from medxray.spec import TrainingSpec
 from medxray.tasks.pretrain import Pretrain
-from medxray.training import Fitter, parameter_groups, rate_factor, weight_decay
+from medxray.training import EpochBatches, Fitter, oversampled, parameter_groups, rate_factor, weight_decay
 from medxray.types import Batch, RunError, SpecError
 
 
@@ -59,6 +62,29 @@ def test_the_scaled_rate_is_the_one_that_trains(phantom: Path, tmp_path: Path) -
     assert (scaled.folder / "model.safetensors").read_bytes() == (plain.folder / "model.safetensors").read_bytes()
     logged = [json.loads(line) for line in (scaled.folder / "log.jsonl").read_text().splitlines()]
     assert logged[0]["learning_rate"] == pytest.approx(0.01 * rate_factor(TrainingSpec(steps=9), 9, 0.01)(logged[0]["step"] - 1))
+
+
+def test_an_epoch_has_studies_with_a_label_as_often_as_asked(phantom: Path, tmp_path: Path) -> None:
+    pipeline = medxray.build(spec(phantom, tmp_path))
+    pipeline.task.prepare(pipeline.studies)
+    images = pipeline.images("train", train=True)
+    present = {name: images.label_array([name])[:, 0] == 1 for name in images.label_names}
+    twice, thrice = [name for name, has in present.items() if 0 < has.sum() < len(images)][:2]
+    rows = oversampled(images, {twice: 2, thrice: 3})
+    count = np.bincount(rows, minlength=len(images))
+    assert (count == np.where(present[thrice], 3, np.where(present[twice], 2, 1))).all()
+    assert (oversampled(images, {}) == np.arange(len(images))).all()
+
+    parts = np.arange(len(images)) // 8
+    for locality in (None, Locality(parts, window=1)):
+        batches = EpochBatches(rows, TrainingSpec(batch_size=1), 5, 0, 1, locality)
+        seen = [study for batch in batches for _, study in batch]
+        assert (np.bincount(seen, minlength=len(images)) == count).all()
+    assert len(set(parts[seen[:8]])) == 1, "studies of a part stay together"
+    with pytest.raises(SpecError, match=rf"training.oversample: no label '{twice}x'; did you mean '{twice}'"):
+        fit(phantom, tmp_path / "wrong", oversample={f"{twice}x": 2})
+    fitted = fit(phantom, tmp_path / "run", steps=None, epochs=1, accumulate=1, oversample={twice: 3})
+    assert max(line["step"] for line in read_log(fitted.folder)) == (len(images) + 2 * present[twice].sum()) // 4
 
 
 def test_schedules_by_step() -> None:

@@ -155,6 +155,11 @@ class TrainingSpec(Section):
     epochs: Annotated[float, Field(gt=0)] | None = Field(None, description="passes over the training set")
     steps: Positive | None = Field(None, description="optimiser steps; in place of epochs")
     batch_size: Positive = Field(16, description="studies a process and step")
+    oversample: dict[str, Positive] = Field(
+        {},
+        description="label -> how often an epoch has each study that it is present in, the most of several; where most studies "
+        "are normal, a model that is sure of little then says more of what is not",
+    )
     accumulate: Positive = Field(1, description="batches whose gradients make one step")
     learning_rate: Rate | None = Field(1e-4, description="peak rate; null where base_learning_rate is given")
     base_learning_rate: Rate | None = Field(

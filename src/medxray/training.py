@@ -13,13 +13,14 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed
+from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
@@ -31,6 +32,7 @@ from transformers.utils import logging as transformers_logging
 from medxray.data import StudyImages, seed_of
 from medxray.data.readers import Locality
 from medxray.layers import MLP
+from medxray.registry import nearest
 from medxray.spec import TrainingSpec
 from medxray.tasks import Task
 from medxray.types import Batch, RunError, SpecError
@@ -79,30 +81,33 @@ class EpochBatches(Sampler[list[tuple[int, int]]]):
 
     The studies of one step over all processes are those that one process with the whole batch would take; an
     incomplete last step is left out, its studies come in another epoch's order.
+
+    Args:
+        studies: how many there are, each of which an epoch has once; or the row of each that it has, as often as it has it.
     """
 
     def __init__(
         self,
-        studies: int,
+        studies: int | NDArray[np.int64],
         training: TrainingSpec,
         seed: int,
         rank: int,
         world: int,
         locality: Locality | None = None,
     ) -> None:
-        self.studies, self.seed, self.rank = studies, seed, rank
-        self.locality = locality
-        step = training.batch_size * world * training.accumulate
-        if studies < step:
-            if world > 1 or training.accumulate > 1 or not studies:
+        self.rows = np.arange(studies) if isinstance(studies, int) else studies
+        self.seed, self.rank, self.locality = seed, rank, locality
+        step, count = training.batch_size * world * training.accumulate, len(self.rows)
+        if count < step:
+            if world > 1 or training.accumulate > 1 or not count:
                 raise SpecError(
                     f"training.batch_size: one step takes {step} studies ({training.batch_size} x {world} processes "
-                    f"x {training.accumulate} accumulated), but the training split has {studies}; lower it"
+                    f"x {training.accumulate} accumulated), but the training split has {count}; lower it"
                 )
-            step = studies
+            step = count
         self.batch = step // (world * training.accumulate)
         self.whole = self.batch * world
-        self.batches = studies // step * training.accumulate
+        self.batches = count // step * training.accumulate
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -114,15 +119,34 @@ class EpochBatches(Sampler[list[tuple[int, int]]]):
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         generator = torch.Generator().manual_seed(seed_of(self.seed, self.epoch))
-        shuffled = torch.randperm(self.studies, generator=generator)
-        order = shuffled.tolist()
+        shuffled = torch.randperm(len(self.rows), generator=generator).numpy()
         if self.locality is not None:
             parts, window = self.locality
             places = torch.randperm(int(parts.max()) + 1, generator=generator).numpy()
-            order = np.lexsort((shuffled.numpy(), places[parts] // window)).tolist()
+            shuffled = np.lexsort((shuffled, places[parts[self.rows]] // window))
+        order = self.rows[shuffled].tolist()
         for i in range(self.batches):
             start = i * self.whole + self.rank * self.batch
             yield [(self.epoch, study) for study in order[start : start + self.batch]]
+
+
+def oversampled(images: StudyImages, times: Mapping[str, int]) -> NDArray[np.int64]:
+    """Rows of the studies of an epoch, those with a label of `times` as often as it says.
+
+    Raises:
+        SpecError: the data set has no such label.
+    """
+    for name in times:
+        if name not in images.label_names:
+            raise SpecError(
+                f"training.oversample: no label {name!r}{nearest(name, images.label_names)} "
+                f"(found: {', '.join(images.label_names) or 'none'})"
+            )
+    count = np.ones(len(images), np.int64)
+    if times:
+        present = images.label_array(list(times)) == 1
+        count = np.maximum(count, np.where(present, np.array(list(times.values())), 1).max(axis=1))
+    return np.repeat(np.arange(len(images)), count)
 
 
 class _EpochLoader(DataLoader[Any]):
@@ -264,7 +288,7 @@ class Fitter(Trainer):
         settings, world = self.settings, int(os.environ.get("WORLD_SIZE", "1"))
         locality = images.locality if isinstance(images, StudyImages) and images.features is None else None
         self.batches = EpochBatches(
-            len(images), settings, task.spec.seed, int(os.environ.get("RANK", "0")), world, locality
+            oversampled(images, settings.oversample), settings, task.spec.seed, int(os.environ.get("RANK", "0")), world, locality
         )
         per_epoch = max(1, len(self.batches) // settings.accumulate)
         self.steps_per_epoch = per_epoch
