@@ -219,6 +219,8 @@ def test_blocks_run(
     text = (DOCS / page).read_text(encoding="utf-8") if page in WRITTEN else hook("reference").pages()[page][1]
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["python"])
+    # Names, and so splits, follow from it.
+    monkeypatch.setenv("MEDXRAY_KEY", "a key for the pages of the documentation")
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "small").symlink_to(drawn)
     namespace: dict[str, Any] = {"__name__": "__main__"}

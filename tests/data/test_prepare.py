@@ -543,7 +543,9 @@ def test_an_interrupted_command_says_how_to_go_on(source: Path, unbroken: Path, 
     command = [
         "prepare", "csv", str(tmp_path / "out"), f"reader.root={source}", "--size", str(SIZE), "--shard", str(SHARD), "--workers",
     ]  # fmt: skip
-    slow = "import time, medxray.data.prepare as p; own = p._image; p._image = lambda *a: (time.sleep(0.1), own(*a))[1]; "
+    # What a shell puts behind itself ignores the signal.
+    slow = "import signal, time; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    slow += "import medxray.data.prepare as p; own = p._image; p._image = lambda *a: (time.sleep(0.1), own(*a))[1]; "
     process = subprocess.Popen(
         [sys.executable, "-c", slow + "from medxray.cli import app; app()", *command, "1"],
         start_new_session=True, stderr=subprocess.PIPE, text=True,
