@@ -59,8 +59,9 @@ _POSTS = ("/v1/reports", "/v1/features")
 _KNOWN = (*_OPEN, *_POSTS, "/v1/model")
 _JSON, _FHIR, _DICOM, _NPY = "application/json", "application/fhir+json", "application/dicom", "application/x-npy"
 _DICOM_JSON = "application/dicom+json"
-_DRAINED = 2**20
-"""Bytes of a refused body up to which they are read and dropped; above, the connection is closed."""
+_DRAINED = 2**23
+"""Bytes of a refused body up to which they are read and dropped; above, the connection is closed, and a client that is
+still sending may miss the answer."""
 
 
 @dataclass(frozen=True)
