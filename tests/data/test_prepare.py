@@ -310,7 +310,9 @@ def test_nothing_of_a_dicom_header_reaches_a_shard(reader: str, source: Path, tm
     spec, _ = data_of(reader, [f"reader.root={root}", f"image_size={SIZE}", "on_error=skip"])
     found = write_shards(spec.data, tmp_path / "out", workers=1)
     assert sum("100 bytes" in one["reason"] for one in found["skipped"]) == 1 and str(root) not in json.dumps(found)
-    secrets = [part for value in planted.values() for part in value.split("^")] + sorted(uids) + [str(root), os.uname().nodename]
+    secrets = [part for value in planted.values() for part in value.split("^")] + sorted(uids) + [str(root)]
+    if len(os.uname().nodename) > 6:  # shorter ones stand in compressed bytes by chance
+        secrets.append(os.uname().nodename)
     for path in (tmp_path / "out").iterdir():
         whole = path.read_bytes()
         if path.suffix == ".parquet":
