@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 
-.PHONY: setup demo docs test test-all lint clean
+.PHONY: setup demo docs test test-all bench bench-gpu lint clean
 
 setup: $(STAMP)
 
@@ -31,6 +31,14 @@ test: lint
 
 test-all: lint
 	$(BIN)/pytest -n 2 --dist worksteal
+
+bench: setup
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[bench]"
+	$(BIN)/python benchmarks/ratios.py
+
+bench-gpu: setup
+	$(BIN)/python benchmarks/encoders.py gpu
+	$(BIN)/python benchmarks/pretrain.py --gpu
 
 clean:
 	rm -rf $(VENV) runs site .mypy_cache .pytest_cache .ruff_cache .import_linter_cache

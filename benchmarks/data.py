@@ -40,6 +40,7 @@ from medxray.data import load_studies, read_image, resize
 from medxray.data.readers import READERS
 from medxray.data.text import RULES, clean, sections, without_marks
 from medxray.spec import DataSpec
+from ratios import record
 
 COMMANDS: dict[str, Callable[[list[str]], None]] = {}
 
@@ -90,6 +91,8 @@ def decode(arguments: list[str]) -> None:
                     both.append((sum(spent) / 2 if asked.cpu else wall) / len(jobs))
                 # The least of some rounds in turn: what else the machine does only adds.
                 one, two, three = min(peer), min(ours), min(both)
+                record(f"decode and resize: {kind}", one / two, "pydicom and Pillow")
+                record(f"decode and resize, two workers: {kind}", one / three, "pydicom and Pillow")
                 apart = 255 * np.abs(_ours(path) - _theirs(path))
                 print(
                     f"{kind:<24}{1e3 * one:>6.1f} ms{1e3 * two:>6.1f} ms{one / two:>7.2f}{1e3 * three:>10.1f} ms"
@@ -230,6 +233,7 @@ def text(arguments: list[str]) -> None:
     jobs["sections"] = lambda: [sections(report) for report in headed]
     seconds = {name: min(_seconds(job, time.process_time) for _ in range(asked.rounds)) for name, job in jobs.items()}
     peer = next(iter(seconds.values()))
+    record("cleaning by R2Gen's rule", peer / seconds["r2gen-iu"], "the rule sentence by sentence")
     for name, spent in seconds.items():
         print(f"{name:<16}{len(reports) / spent:>10,.0f} reports/s{peer / spent:>8.2f}")
 
@@ -276,10 +280,12 @@ def tables(arguments: list[str]) -> None:
             "load_studies, .csv.gz": lambda: ours("packed.csv.gz"),
             "split: stratified": lambda: ours("studies.csv", "stratified"),
         }
+        found: dict[str, float] = {}
         for name, job in jobs.items():
             first = _seconds(job, time.process_time)
-            spent = min(_seconds(job, time.process_time) for _ in range(asked.rounds))
+            found[name] = spent = min(_seconds(job, time.process_time) for _ in range(asked.rounds))
             print(f"{name:<24}{spent:>7.2f} s, the first time {first:.2f} s")
+        record(f"table of {asked.studies:,} studies", found["peer"] / found["load_studies"], "pandas, nothing checked")
 
 
 def main() -> None:

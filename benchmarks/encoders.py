@@ -27,6 +27,7 @@ from torch.nn import functional as F
 from medxray.encoders.scan import backends, scan_map, selective_scan
 from medxray.encoders.vit import ViT
 from medxray.encoders.vmamba import SS2D, VMamba
+from ratios import record
 
 Row = tuple[str, str]
 ROUNDS = 5
@@ -99,6 +100,8 @@ def scan() -> list[Row]:
             lambda: place.copy_(big),
         )
         # Forward reads two and writes one, backward reads three and writes two tensors of D x L.
+        record(f"selective scan, N {N}, forward and backward", slow / mine, "the plain loop")
+        record(f"selective scan, N {N}, forward and backward, back-end", plain / mine, "torch operations")
         streamed = 8 * given[0].numel() * 4 / (2 * big.numel() * 4 / copied)
         rows += [
             (f"(1, 768, 3136), N {N}: forward and backward", f"{mine:.1f} ms"),
@@ -123,6 +126,7 @@ def peers() -> list[Row]:
 
     torch.testing.assert_close(ours(u, delta, A, B, C, D, bias), theirs_forward(), rtol=1e-3, atol=1e-3)
     mine, theirs = least(*(without_gradient(f) for f in (lambda: ours(u, delta, A, B, C, D, bias), theirs_forward)))
+    record("selective scan, N 16, forward", theirs / mine, "transformers on a CPU")
     rows = [
         ("transformers' scan without CUDA kernels, (1, 768, 3136), N 16, forward", f"{theirs:.0f} ms"),
         ("  ours on the same tensors", f"{mine:.1f} ms: {theirs / mine:.1f} times as fast"),
@@ -144,6 +148,7 @@ def peers() -> list[Row]:
     for a, b in zip(our_scan(), theirs_scan(), strict=True):
         assert (a - b).abs().max() <= 1e-3 * b.abs().max()
     mine, other = least(our_scan, theirs_scan)
+    record("selective scan, N 16, both passes", other / mine, "mambapy")
     return [
         *rows,
         ("mambapy's scan, (1, 768, 3136), N 16, forward and backward", f"{other:.0f} ms"),
@@ -190,6 +195,7 @@ def memory() -> list[Row]:
         code = PEAK.format(folder=str(Path(__file__).parent), name=name)
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
         peak[name] = int(done.stdout) / 1024
+    record("peak memory of a scan of 6,400 steps", peak["loop"] / peak["ours"], "the plain loop")
     said = f"{peak['ours']:.0f} MiB; the plain loop {peak['loop']:.0f} MiB, {peak['loop'] / peak['ours']:.0f} times as much"
     return [("peak of forward and backward, L 6,400, D 768, N 16", said)]
 
@@ -234,6 +240,8 @@ def models() -> list[Row]:
         ("training step", least(*(training_step(m, images) for m in together), rounds=3)),
     ):
         mine, torchs, hub = times
+        record(f"VMamba-B, {name}", torchs / mine, "torch operations")
+        record(f"VMamba-B, {name}, a model of its size", hub / mine, "transformers ViT-B")
         rows.append((f"VMamba-B, 224 px, one image, {name}", f"{mine:.0f} ms"))
         rows.append(("  on the torch back-end", f"{torchs:.0f} ms, {torchs / mine:.2f} times as long"))
         rows.append(("  ViT-B of transformers", f"{hub:.0f} ms, {hub / mine:.2f} times as long"))

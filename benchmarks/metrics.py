@@ -28,6 +28,7 @@ from medxray.metrics import Metric, clinical, label_reports
 from medxray.metrics.intervals import score_all
 from medxray.metrics.meteor import Meteor
 from medxray.metrics.text import Bleu, Cider, RougeL, best_constant
+from ratios import record
 
 PEER = "pycocoevalcap's ROUGE-L of as many pairs"
 COMMANDS: dict[str, Callable[[list[str]], None]] = {}
@@ -175,6 +176,7 @@ def text(arguments: list[str]) -> None:
             values = ours.reduce(ours.statistics(predictions, references), ones)[0]
             own.append(time.perf_counter() - started)
         ratio = statistics.median(b / a for a, b in zip(own, other, strict=True))
+        record(f"{name} of {len(references):,} reports", ratio, "pycocoevalcap")
         apart = float(np.abs(values - theirs).max())
         print(f"{name:10}{statistics.median(other):17.2f}{statistics.median(own):9.2f}{ratio:15.1f}{apart:20.1e}")
     candidates = list(dict.fromkeys(references))

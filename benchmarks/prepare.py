@@ -27,6 +27,7 @@ from PIL import Image
 from medxray.data import data_of, read_image, resize, write_shards
 from medxray.data.phantom import draw_study, generate
 from medxray.data.prepare import encode_png
+from ratios import record
 
 H, W, SIZE = 2500, 2048, 1280
 
@@ -90,6 +91,8 @@ def speed(studies: int, workers: list[int], rounds: int) -> None:
             # The least of a few rounds: what else the machine does only adds.
             least = min(seconds)
             first = first or least
+            if n:
+                record(f"data set to shards, {n} worker{'s' if n > 1 else ''}", first / least, "pydicom and Pillow")
             name = f"{n} worker{'s' if n > 1 else ''}" if n else "peer"
             print(
                 f"{name:<12}{studies / least:>10.2f}{images / least:>10.2f}{first / least:>7.2f}"
