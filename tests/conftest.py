@@ -33,6 +33,22 @@ def shared() -> Path:
     return SHARED
 
 
+@pytest.fixture(scope="session")
+def run() -> Callable[..., tuple[int, str, str]]:
+    """Runs the command line in this process: its exit code, what it prints, and what it says beside."""
+    from typer.testing import CliRunner
+
+    from medxray.cli import app
+
+    def invoke(*arguments: object) -> tuple[int, str, str]:
+        result = CliRunner().invoke(app, [str(a) for a in arguments])
+        if result.exception is not None and not isinstance(result.exception, SystemExit):
+            raise result.exception
+        return result.exit_code, result.stdout, result.stderr
+
+    return invoke
+
+
 @pytest.fixture(autouse=True, scope="session")
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Nothing is left in a user's cache or data."""

@@ -204,8 +204,10 @@ def test_seeds_of_one_system(tmp_path: Path) -> None:
     folders = [run(tmp_path / f"ours-seed{i}", said, seed=i, decoder={"width": 8}) for i, said in enumerate(texts)]
     joined = ",".join(map(str, folders))
     found = compare([str(base), f"ours={joined}"], metrics=["rouge-l", "cider"])
-    assert found.scores["ours"]["cider"] == seeds(Cider(), texts, REFERENCES, PATIENTS)["cider"]
-    apart = seeds_difference(RougeL(), texts, [near(0.3, 9)], REFERENCES, PATIENTS)["rouge-l"]
+    statistics = [Cider().statistics(one, REFERENCES) for one in texts]
+    assert found.scores["ours"]["cider"] == seeds(Cider(), statistics, PATIENTS)["cider"]
+    ours, theirs = ([RougeL().statistics(one, REFERENCES) for one in of] for of in (texts, [near(0.3, 9)]))
+    apart = seeds_difference(RougeL(), ours, theirs, PATIENTS)["rouge-l"]
     assert (found.differences["ours"]["rouge-l"].low, found.differences["ours"]["rouge-l"].p) == (apart.low, apart.p)
     assert "seeds: ours 3" in told(found) and found.texts["ours"] == texts[0] and len(found.places["ours"]) == 3
     mean = np.mean([RougeL().statistics(one, REFERENCES)[:, 0] for one in texts], axis=0)
@@ -338,6 +340,16 @@ def test_a_terminal_of_80_columns_holds_the_table(tmp_path: Path) -> None:
     assert all(len(line) <= 80 for line in shown.splitlines())
     assert "clinical-f1-micro-14" in shown and " ▼ 0.001 0.0" in shown and "-0." in shown
     assert f"{long} by cider: better in" in notes
+
+
+def test_a_notebook_shows_the_table_without_single_labels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = medxray.compare([labelled(tmp_path / "base", 0.9, 1), labelled(tmp_path / "ours", 0.3, 2)])
+    shown = found._repr_markdown_()
+    assert "| auroc |" in shown and "| auroc/Edema |" not in shown and "| auroc/Edema |" in found.markdown()
+    assert f"n = {len(found.studies)} studies" in shown
+    # There rich would show what it is to write.
+    monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
+    assert "auroc" in str(found) and "difference" in str(found)
 
 
 def test_a_run_folder_is_not_written_into(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Specs: reading, overriding, refusing, and the schema for editors."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,10 @@ BAD = {
     "unknown metric": (["metrics=[blue]"], r"metrics.0.name: unknown metric 'blue'; did you mean 'bleu'\?"),
     "epochs and steps": (["training.steps=3", "training.epochs=2"], r"training: give either epochs or steps"),
     "not key=value": (["encoder"], r"override 'encoder': expected key=value"),
+    "no number": (["training.learning_rate=.inf"], r"training.learning_rate: expected a finite number, found inf"),
+    "no number of a part": (
+        ["decoder.name=memory-transformer", "decoder.dropout=.nan"], r"decoder.dropout: expected .*found nan",
+    ),
     "name of a path": (["name=a/b"], r"name: .*match pattern"),
 }
 
@@ -193,3 +198,13 @@ def test_full_size_systems_choose_their_weights_as_the_papers_do() -> None:
         if not name.startswith("r2gen-") and "smollm2" not in name:
             assert spec.training.selected == {"bleu-4": 0.5, "cider": 0.5}
             assert spec.generation.repetition_penalty == spec.generation.length_penalty == 2.0
+
+
+def test_a_notebook_shows_parts_and_what_is_set_in_them() -> None:
+    shown = read(["encoder.depth=1", "data.reader.root=<mine>", "retriever=null"])._repr_html_()
+    assert "<b>r2gencsr-phantom</b>, task report" in shown
+    rows = dict(re.findall(r"<tr><th[^>]*>(\w+)</th><td[^>]*>(.*?)</td></tr>", shown))
+    assert list(rows) == ["data", "encoder", "projector", "decoder", "training", "generation", "metrics"]
+    assert rows["encoder"].startswith("<b>vit</b> width=128 depth=1 ") and "patch=" not in rows["encoder"], "a default"
+    assert "reader=phantom reader.root=&lt;mine&gt; reader.studies=2400" in rows["data"]
+    assert rows["metrics"] == "finding-f1, bleu, rouge-l, cider"

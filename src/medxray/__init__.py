@@ -4,6 +4,7 @@ Names load their module when they are first used.
 """
 
 import importlib
+import warnings
 from typing import TYPE_CHECKING, Any
 
 from medxray import _torchvision
@@ -115,6 +116,8 @@ __all__ = [
 ]
 
 _torchvision.install()
+# A notebook without widgets draws bars as text; libraries that this one imports need not say so.
+warnings.filterwarnings("ignore", message="IProgress not found")
 
 
 def __getattr__(name: str) -> Any:

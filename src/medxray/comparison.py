@@ -7,7 +7,7 @@ import math
 import re
 import textwrap
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from medxray import disk
 from medxray.evaluated import Outputs, Runs, grouped, named, read_outputs, recipe
 from medxray.metrics import Metric, StudyMean, available
 from medxray.metrics.findings import FindingRow, per_finding
@@ -25,7 +26,7 @@ from medxray.metrics.intervals import seeds, seeds_difference
 from medxray.metrics.protocols import protocol as named_protocol
 from medxray.registry import nearest
 from medxray.scoring import named_metric
-from medxray.types import DataError, RunError, Score, Scores, SpecError
+from medxray.types import DataError, RunError, Score, Scores, SpecError, for_json
 from medxray.visual.comparison_page import Apart, Differing, comparison_page
 
 METRICS_OF = {
@@ -40,7 +41,7 @@ _RESAMPLES = 1000
 _SHOWN = 6
 _TIE = 1e-9
 _WIDTH = 80
-_FILES = ("scores.json", "table.md", "table.tex", "comparison.html")
+FILES = ("scores.json", "table.md", "table.tex", "comparison.html")
 
 
 @dataclass(frozen=True)
@@ -115,16 +116,10 @@ class Comparison:
             self.notes,
             self.baseline,
         )
-        return table.to_dict() | {
-            "runs": {name: [str(place) for place in places] for name, places in self.places.items()},
+        found = table.to_dict() | {
+            "runs": self.places,
             "differences": {
-                name: {
-                    metric: {
-                        "value": _number(d.value), "low": _number(d.low), "high": _number(d.high), "n": d.n,
-                        "p": _number(d.p), "holm": _number(d.holm), "better": d.better,
-                    }
-                    for metric, d in values.items()
-                }
+                name: {metric: asdict(apart) for metric, apart in values.items()}
                 for name, values in self.differences.items()
             },
             "wins": {
@@ -138,13 +133,14 @@ class Comparison:
                 name: {
                     row.name: {
                         "named": row.named, "hits": row.hits, "misses": row.misses, "hallucinations": row.hallucinations,
-                        "wrong_side": row.wrong_side, "f1": _number(row.f1),
+                        "wrong_side": row.wrong_side, "f1": row.f1,
                     }
                     for row in rows
                 }
                 for name, rows in self.findings.items()
             },
         }  # fmt: skip
+        return for_json(found)  # type: ignore[no-any-return]
 
     def __str__(self) -> str:
         """For a terminal of 80 columns; what metrics say of single labels is left to the files."""
@@ -161,7 +157,9 @@ class Comparison:
                     cells = [_difference(apart), apart.mark, _p(apart.p), _p(apart.holm)]
                 table.add_row(Padding(Text(system, overflow="fold"), (0, 0, 0, 2)), str(values[metric]), *cells)
         text = io.StringIO()
-        Console(file=text, width=_WIDTH, color_system=None, highlight=False, markup=False, emoji=False).print(table)
+        # In a notebook rich would show the table itself, and write nothing.
+        plain: dict[str, Any] = {"color_system": None, "highlight": False, "markup": False, "emoji": False}
+        Console(file=text, width=_WIDTH, force_jupyter=False, **plain).print(table)
         lines = [line.rstrip() for line in text.getvalue().splitlines()]
         lines.append("")
         for note in self._told():
@@ -182,14 +180,21 @@ class Comparison:
 
     def markdown(self) -> str:
         """The table, a line a metric, with its notes."""
-        head, rows = self._cells()
+        return self._markdown(self.metrics)
+
+    def _repr_markdown_(self) -> str:
+        """For a notebook: without what metrics say of single labels."""
+        return self._markdown([name for name in self.metrics if "/" not in name])
+
+    def _markdown(self, metrics: Sequence[str]) -> str:
+        head, rows = self._cells(metrics)
         lines = [head, ["---"] * len(head), *rows]
         text = "".join(f"| {' | '.join(map(_markdown, line))} |\n" for line in lines)
         return text + "\n" + "".join(f"* {_markdown(note)}\n" for note in self._told())
 
     def latex(self) -> str:
         """The table as a `tabular` with rules of the package booktabs; its notes are comments."""
-        head, rows = self._cells()
+        head, rows = self._cells(self.metrics)
         notes = "".join(f"% {' '.join(note.split())}\n" for note in self._told())
         cells = [[_latex(name), *(_signs(_latex(cell)) for cell in values)] for name, *values in rows]
         body = "".join(f"{' & '.join(row)} \\\\\n" for row in cells)
@@ -198,12 +203,12 @@ class Comparison:
             f"{' & '.join(map(_latex, head))} \\\\\n\\midrule\n{body}\\bottomrule\n\\end{{tabular}}\n"
         )
 
-    def _cells(self) -> tuple[list[str], list[list[str]]]:
+    def _cells(self, metrics: Sequence[str]) -> tuple[list[str], list[list[str]]]:
         head = ["metric", self.baseline]
         for name in self.differences:
             head += [name, "difference", "p (Holm)"]
         rows = []
-        for metric in self.metrics:
+        for metric in metrics:
             row = [metric + (" (lower is better)" if metric in self.lower else ""), str(self.scores[self.baseline][metric])]
             for name, values in self.differences.items():
                 apart = values[metric]
@@ -223,13 +228,17 @@ class Comparison:
             raise RunError(f"{folder} is a run folder, whose scores.json would be lost; name another folder")
         texts = (json.dumps(self.to_dict(), indent=1) + "\n", self.markdown(), self.latex())
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            for name, text in zip(_FILES, texts, strict=False):
-                (folder / name).write_text(text, encoding="utf-8")
+            with disk.replacing_together(folder) as staged:
+                for name, text in zip(FILES, texts, strict=False):
+                    disk.write(staged / name, text)
+                self._page(staged / FILES[-1])
         except OSError as error:
             raise RunError(f"{folder} cannot be written: {error.strerror}; name another folder") from error
+        return folder
+
+    def _page(self, path: Path) -> None:
         comparison_page(
-            folder / _FILES[-1],
+            path,
             baseline=self.baseline,
             scores=self.scores,
             differences=self.differences,
@@ -240,7 +249,6 @@ class Comparison:
             runs={name: ", ".join(map(str, places)) for name, places in self.places.items()},
             notes=self.notes,
         )
-        return folder
 
 
 def compare(
@@ -322,12 +330,11 @@ def compare(
     per_study: dict[str, dict[str, np.ndarray]] = {}
     resamples = _RESAMPLES if intervals else 0
     for metric in chosen:
-        counted = _Counted(metric)
         rows: dict[str, list[Any]] = {name: [metric.statistics(one, references) for one in made] for name, made in said.items()}
         for name, own in rows.items():
-            scores[name] |= seeds(counted, own, references, patients, resamples, seed)
+            scores[name] |= seeds(metric, own, patients, resamples, seed)
             if name != first:
-                found = seeds_difference(counted, own, rows[first], references, patients, resamples, seed)
+                found = seeds_difference(metric, own, rows[first], patients, resamples, seed)
                 apart[name] |= {value: Apart.judged(d, d.p, metric.higher_is_better) for value, d in found.items()}
         notes += metric.notes()
         if isinstance(metric, StudyMean):
@@ -351,20 +358,6 @@ def compare(
         places={name: [one.place for one in outputs] for name, outputs in systems.items()},
         notes=notes,
     )  # fmt: skip
-
-
-class _Counted(Metric):
-    """A metric whose predictions are its statistics already, so that texts are read once for all draws."""
-
-    def __init__(self, metric: Metric) -> None:
-        super().__init__()
-        self.metric, self.values = metric, metric.values
-
-    def statistics(self, predictions: Sequence[Any], references: Sequence[Any]) -> np.ndarray:
-        return np.asarray(predictions)
-
-    def reduce(self, statistics: np.ndarray, weights: np.ndarray) -> np.ndarray:
-        return self.metric.reduce(statistics, weights)
 
 
 def _checked(systems: Mapping[str, list[Outputs]], split: str | None) -> str:
@@ -530,11 +523,6 @@ def holm(p_values: Sequence[float]) -> list[float]:
     for i, p in zip(order, itertools.accumulate(steps, max), strict=True):
         found[i] = p
     return found
-
-
-def _number(value: float) -> float | None:
-    """JSON knows no NaN."""
-    return value if math.isfinite(value) else None
 
 
 def _fared(row: FindingRow) -> tuple[float, str]:

@@ -12,6 +12,7 @@ import pyarrow as arrow
 import yaml
 from pyarrow import parquet
 
+from medxray import disk
 from medxray.metrics.protocols import AS_IT_STANDS, Protocol
 from medxray.scoring import read_reports
 from medxray.types import DataError, RunError, Scores, SpecError
@@ -122,10 +123,12 @@ def read_outputs(
 
 def _read_run(folder: Path) -> Outputs:
     file = folder / "predictions.parquet"
+    disk.settle(folder)
     if not file.is_file():
         raise RunError(f"{folder}: no predictions.parquet, so it was not evaluated yet; run: medxray evaluate {folder}")
     try:
-        table = parquet.read_table(file, columns=[name for name in parquet.read_schema(file).names if name in _COLUMNS])
+        names = [name for name in parquet.read_schema(file).names if name in _COLUMNS]
+        table = parquet.read_table(file, columns=names, page_checksum_verification=True)
         columns = {name: table[name].to_pylist() for name in table.column_names}
         spec = yaml.safe_load((folder / "spec.yaml").read_text(encoding="utf-8")) or {}
         studies, texts, references = columns["study_id"], columns["text"], columns["reference"]

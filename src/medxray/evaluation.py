@@ -1,7 +1,6 @@
 """A fitted model judged on a split, beside its floors and other systems; what a table and a page are made of."""
 
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,13 +9,14 @@ import numpy as np
 import pyarrow as arrow
 from pyarrow import parquet
 
+from medxray import disk
 from medxray.data import StudyImages
 from medxray.metrics import Metric
 from medxray.metrics.floors import beside_floors, repetition
-from medxray.metrics.intervals import score_all, score_statistics
+from medxray.metrics.intervals import score_all, seeds
 from medxray.metrics.subgroups import describe, score_subgroups
 from medxray.tasks import Task
-from medxray.types import Prediction, Score, Scores
+from medxray.types import Prediction, Score, Scores, for_json
 
 System = Callable[[str], list[Any]]
 """Name of a split -> what a system says of each of its studies, in the form that metrics take."""
@@ -89,7 +89,7 @@ def judge(
     statistics = [metric.statistics(outputs, references) for metric in metrics]
     own: dict[str, Score] = {}
     for metric, rows in zip(metrics, statistics, strict=True):
-        own |= score_statistics(metric, rows, groups, seed=seed)
+        own |= seeds(metric, [rows], groups, seed=seed)
     parted = score_subgroups(metrics, statistics, groups, shown.attributes if subgroups else {}, seed=seed)
     scores = Scores(own, comparisons, title=task.spec.name, subgroups=parted, protocol=told)
     patients = len({group or row for row, group in enumerate(groups)})
@@ -125,7 +125,7 @@ def write_predictions(
             "text": p.text,
             "reference": r if isinstance(r, str) else None,
             "scores": json.dumps(p.scores),
-            "labels": json.dumps(_known(dict(zip(p.scores, r, strict=True)))) if isinstance(r, list) else None,
+            "labels": json.dumps(for_json(dict(zip(p.scores, r, strict=True)))) if isinstance(r, list) else None,
             "context_positive": p.context.get("positive", []),
             "context_negative": p.context.get("negative", []),
             "similarity_positive": p.similarity.get("positive", []),
@@ -136,11 +136,5 @@ def write_predictions(
         }
         for p, r, patient in zip(predictions, references, patients, strict=True)
     ]
-    staged = path.with_name(f".{path.name}.{os.getpid()}")
-    parquet.write_table(arrow.Table.from_pylist(rows), staged)
-    staged.replace(path)
-
-
-def _known(labels: Mapping[str, float]) -> dict[str, float | None]:
-    """JSON knows no NaN."""
-    return {name: None if value != value else value for name, value in labels.items()}
+    with disk.replacing(path) as staged:
+        parquet.write_table(arrow.Table.from_pylist(rows), staged, write_page_checksum=True)

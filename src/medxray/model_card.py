@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 from torch import nn
 
+from medxray import disk
 from medxray.data import Studies
 from medxray.tasks import Task
 from medxray.types import RunError, Score, Scores, SpecError
@@ -66,7 +67,7 @@ def model_card(folder: str | Path, *, license: str = "unknown") -> str:
     sections = "\n".join(f"## {heading}\n\n{write(run).strip()}\n" for heading, write in _SECTIONS.items())
     header = yaml.safe_dump(_header(run, license), sort_keys=False, allow_unicode=True)
     what = _TASKS.get(run.task, ("", "", f"is fitted for the task {run.task}"))[2]
-    return f"---\n{header}---\n\n# {run.name}\n\nA model that {what}. Made with medxray.\n\n{sections}"
+    return f"---\n{header}---\n\n# {_escaped(run.name)}\n\nA model that {_escaped(what)}. Made with medxray.\n\n{sections}"
 
 
 def write_card(folder: str | Path, path: str | Path | None = None, *, license: str = "unknown") -> Path:
@@ -80,6 +81,7 @@ def write_card(folder: str | Path, path: str | Path | None = None, *, license: s
     Raises:
         RunError: as for `model_card`; the file cannot be written, or is one that somebody else wrote.
     """
+    disk.settle(Path(folder))
     text, path = model_card(folder, license=license), Path(path or Path(folder) / "README.md")
     if path.suffix == ".html":
         _write_page(path, text)
@@ -88,7 +90,7 @@ def write_card(folder: str | Path, path: str | Path | None = None, *, license: s
         if path.exists() and _OWN not in path.read_text(encoding="utf-8"):
             raise RunError(f"{path} was not written by medxray and would be lost; name another file by --out")
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
+        disk.write(path, text)
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is no text"
         raise RunError(f"{path} cannot be written: {reason}; name another file by --out") from None
@@ -146,7 +148,7 @@ class _Run:
         if not (folder / "spec.yaml").is_file():
             found = ", ".join(sorted(p.name for p in folder.iterdir())) if folder.is_dir() else "no such folder"
             raise RunError(f"{folder} is no run folder: spec.yaml is missing (found: {found or 'nothing'}); name one of fit's")
-        spec = _read(folder / "spec.yaml", yaml.safe_load)
+        spec = _read(folder / "spec.yaml", _spec)
         scores = _read(folder / "scores.json", lambda text: Scores.from_dict(json.loads(text)))
         return cls(
             spec=spec,
@@ -187,6 +189,13 @@ def _read(path: Path, parse: Callable[[str], Any]) -> Any:
     except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
         reason = getattr(error, "strerror", None) or str(error).split("\n")[0]
         raise RunError(f"{path} cannot be read ({reason}); restore it, or make it anew by fit or evaluate") from None
+
+
+def _spec(text: str) -> dict[str, Any]:
+    spec = yaml.safe_load(text)
+    if not isinstance(spec, dict) or "task" not in spec or not isinstance((spec.get("data") or {}).get("reader"), dict):
+        raise ValueError("expected a spec with task and data.reader")
+    return spec
 
 
 def _lines(text: str) -> list[dict[str, Any]]:
@@ -252,12 +261,12 @@ def _model(run: _Run) -> str:
     sections = ("encoder", "masker", "segmenter", "pixel_decoder", "projector", "retriever", "decoder", "head")
     parts = {name: run.spec[name]["name"] for name in sections if isinstance(run.spec.get(name), Mapping)}
     rows = [
-        [name, f"`{parts[name]}`" if name in parts else "", *_numbers(counts.get(name))]
+        [_escaped(name), _code(parts[name]) if name in parts else "", *_numbers(counts.get(name))]
         for name in dict.fromkeys([*parts, *counts])
     ]
     if counts:
         rows.append(["all", "", *(f"{sum(part[key] for part in counts.values()):,}" for key in ("all", "trained"))])
-    text = _table(["part", "name", "parameters", "trained"], rows)
+    text = _written(["part", "name", "parameters", "trained"], rows)
     if not counts:
         stored = "none" if run.stored is None else f"{run.stored:,} in model.safetensors"
         text += f"\nHow many parameters each part has: {_MISSING} Stored: {stored}.\n"
@@ -270,13 +279,13 @@ def _model(run: _Run) -> str:
     if language:
         begun["decoder"] = _public(language)
     if begun:
-        told = ", ".join(f"{name} `{source}`" for name, source in begun.items())
+        told = ", ".join(f"{_escaped(name)} {_code(source)}" for name, source in begun.items())
         text += f"\nThe fit began with weights of others: {told}.\n"
     if run.references:
-        told = ", ".join(f"`{_public(name)}` (SHA-256 `{digest[:12]}`)" for name, digest in run.references.items())
+        told = ", ".join(f"{_code(_public(name))} (SHA-256 {_code(digest[:12])})" for name, digest in run.references.items())
         text += f"\nNot in this folder, and needed beside it: {told}.\n"
     size, channels = run.spec["data"].get("image_size"), run.spec.get("encoder", {}).get("channels")
-    text += f"\nIt takes images of {_sides(size)} pixels{f', {channels} channel(s)' if channels else ''}; "
+    text += "\n" + _escaped(f"It takes images of {_sides(size)} pixels{f', {channels} channel(s)' if channels else ''};") + " "
     views = {"average": "averaged", "concatenate": "concatenated", "single": "left out but the first"}
     return text + f"further views of a study are {views.get(run.spec['data'].get('views', ''), 'joined')}.\n"
 
@@ -288,8 +297,8 @@ def _intended(run: _Run) -> str:
 
 def _data(run: _Run) -> str:
     data = run.spec["data"]
-    cleaned = f"reports cleaned by `{data.get('cleaning', 'none')}`"
-    text = f"Read by `{run.reader}`; split: {data.get('split', 'official')}; {cleaned}.\n\n"
+    cleaned = f"reports cleaned by {_code(str(data.get('cleaning', 'none')))}"
+    text = f"Read by {_code(run.reader)}; split: {_escaped(str(data.get('split', 'official')))}; {cleaned}.\n\n"
     splits: dict[str, dict[str, int]] = run.facts.get("splits", {})
     if splits:
         rows = [[name, *(f"{counts[key]:,}" for key in ("studies", "patients", "images"))] for name, counts in splits.items()]
@@ -304,11 +313,11 @@ def _data(run: _Run) -> str:
         ]
         text += "\nStudies that have a label, of those where it is known:\n\n" + _table(["label", *splits], rows)
     for attribute, groups in run.facts.get("attributes", {}).items():
-        told = ", ".join(f"{group or 'not told'} {count:,}" for group, count in groups.items())
-        text += f"\nTraining studies by {attribute.replace('_', ' ')}: {told}.\n"
+        told = ", ".join(f"{_escaped(group or 'not told')} {count:,}" for group, count in groups.items())
+        text += f"\nTraining studies by {_escaped(attribute.replace('_', ' '))}: {told}.\n"
     if run.skipped:
         reasons = Counter(_reason(row) for row in run.skipped)
-        text += "\nLeft out:\n\n" + "".join(f"* {count:,}: {reason}\n" for reason, count in reasons.most_common())
+        text += "\nLeft out:\n\n" + "".join(f"* {count:,}: {_escaped(reason)}\n" for reason, count in reasons.most_common())
     elif splits:
         text += "\nNothing was left out.\n"
     return text
@@ -325,9 +334,11 @@ def _training(run: _Run) -> str:
         text += "\nThere is no log of the fit in this run folder.\n"
     else:
         text += f"\n{steps:,} steps were taken; the model was validated {len(judged)} times, and the weights that are best by "
-        text += f"`{training.get('select', 'loss')}` on the validation split were kept.\n"
+        text += f"{_code(training.get('select', 'loss'))} on the validation split were kept.\n"
     spec = yaml.safe_dump(_without_paths(run.spec), sort_keys=False, allow_unicode=True)
-    return f"{text}\n<details><summary>The whole spec, without its paths</summary>\n\n```yaml\n{spec}```\n\n</details>\n"
+    # Longer than any in the spec, which so cannot end it.
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", spec)), default=0))
+    return f"{text}\n<details><summary>The whole spec, without its paths</summary>\n\n{fence}yaml\n{spec}{fence}\n\n</details>\n"
 
 
 def _scores(run: _Run) -> str:
@@ -335,9 +346,9 @@ def _scores(run: _Run) -> str:
         return "Not evaluated yet: `medxray evaluate RUN` writes the scores.\n"
     scores = run.scores
     n = max((score.n for score in scores.values()), default=0)
-    text = f"On {n:,} studies of split `{run.split}`. " if run.split else f"On {n:,} studies. "
+    text = f"On {n:,} studies of split {_code(run.split)}. " if run.split else f"On {n:,} studies. "
     if run.task == "report":
-        text += f"Protocol {scores.protocol}. " if scores.protocol else "The protocol is not recorded. "
+        text += f"Protocol {_escaped(scores.protocol)}. " if scores.protocol else "The protocol is not recorded. "
     told = any(math.isfinite(score.low) for score in scores.values())
     text += "In brackets the 95 % interval by a bootstrap over patients.\n\n" if told else "\n\n"
     overall = list(run.metrics)
@@ -366,7 +377,8 @@ def _subgroups(run: _Run) -> str:
                 small.append(f"{group or 'not told'} ({n} studies)")
         attribute = attribute.replace("_", " ")
         text += _table([attribute, "studies", *names], rows) + "\n" if rows else ""
-        text += f"Not scored by {attribute}, for want of studies: {', '.join(small)}.\n\n" if small else ""
+        told = _escaped(f"Not scored by {attribute}, for want of studies: {', '.join(small)}.")
+        text += f"{told}\n\n" if small else ""
     return text
 
 
@@ -383,7 +395,7 @@ def _calibration(run: _Run) -> str:
 def _limits(run: _Run) -> str:
     limits = [
         "Research use only; not a medical device. It is wrong often, and says so nowhere.",
-        f"Fitted and judged on one data set (`{run.reader}`); how it does with other patients and devices is not known.",
+        f"Fitted and judged on one data set ({_code(run.reader)}); how it does with other patients and devices is not known.",
         "One seed: a fit with another one may score otherwise; the intervals are for other patients alone.",
     ]
     if run.reader == "phantom":
@@ -394,15 +406,16 @@ def _limits(run: _Run) -> str:
     if not run.facts.get("attributes"):
         limits.append("Who the patients are (sex, age) and what their devices were is not recorded.")
     for attribute, groups in run.facts.get("attributes", {}).items():
-        limits += _lopsided(attribute.replace("_", " "), groups)
+        limits += map(_escaped, _lopsided(attribute.replace("_", " "), groups))
     cleaning = run.spec["data"].get("cleaning", "none")
     if run.task == "report" and cleaning != "none":
-        limits.append(f"It writes as rule `{cleaning}` cleans reports: in lower case, with few marks but full stops.")
+        limits.append(f"It writes as rule {_code(str(cleaning))} cleans reports: in lower case, with few marks but full stops.")
     for label, of in run.facts.get("labels", {}).items():
         for split, (present, absent) in of.items():
             if present + absent and not (present and absent):
-                limits.append(f"{label}: {'every' if present else 'no'} study of {split} has it, so it cannot be judged there.")
-    return "".join(f"* {_escaped(limit)}\n" for limit in [*limits, *_limits_of_scores(run)])
+                every = "every" if present else "no"
+                limits.append(_escaped(f"{label}: {every} study of {split} has it, so it cannot be judged there."))
+    return "".join(f"* {limit}\n" for limit in [*limits, *map(_escaped, _limits_of_scores(run))])
 
 
 def _lopsided(attribute: str, groups: Mapping[str, int]) -> list[str]:
@@ -463,7 +476,7 @@ def _environment(run: _Run) -> str:
     versions = {"Python": run.environment.get("python"), **run.environment.get("packages", {})}
     told = ", ".join(f"{name} {version}" for name, version in versions.items() if version not in (None, "not installed"))
     device = run.environment.get("device")
-    return f"Fitted with {told}" + (f"; device: {device}" if device else "") + ".\n"
+    return _escaped(f"Fitted with {told}" + (f"; device: {device}" if device else "")) + ".\n"
 
 
 _SECTIONS: dict[str, Callable[[_Run], str]] = {
@@ -484,13 +497,24 @@ _SECTIONS: dict[str, Callable[[_Run], str]] = {
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "".join(f"| {' | '.join(_escaped(cell) for cell in line)} |\n" for line in lines)
+    return _written(list(map(_escaped, head)), ([_escaped(cell) for cell in row] for row in rows))
+
+
+def _written(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table of cells that are Markdown."""
+    return "".join(f"| {' | '.join(line)} |\n" for line in [head, ["---"] * len(head), *rows])
 
 
 def _escaped(text: str) -> str:
     """One line that Markdown and the pages made of it take as text."""
-    return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;").replace(">", "&gt;")
+    text = re.sub(r"([\\`*|\[\]]|(?<!\w)_|_(?!\w)|^[#+-](?=[ #])|^~(?=~~))", r"\\\1", " ".join(text.split()))
+    text = re.sub(r"^(\d+)([.)] )", r"\1\\\2", text)
+    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+
+
+def _code(text: str) -> str:
+    """One line as a piece of code, also in a table."""
+    return "`" + " ".join(text.split()).replace("`", "'").replace("|", "\\|") + "`"
 
 
 def _score(score: Score | None) -> str:
@@ -548,7 +572,7 @@ def _write_page(path: Path, text: str) -> None:
     title, *sections = re.split(r"^## ", text.split("---\n", 2)[2].strip(), flags=re.MULTILINE)
     name, _, intro = title.partition("\n")
     bodies = {heading.strip(): body for heading, _, body in (section.partition("\n") for section in sections)}
-    folded = re.compile(r"<details><summary>(.*?)</summary>(.*?)</details>", re.DOTALL)
+    folded = re.compile(r"^<details><summary>(.*?)</summary>$(.*?)^</details>$", re.DOTALL | re.MULTILINE)
 
     def page(body: str) -> str:
         """Raw HTML is text to the renderer, so that what folds is put around it."""

@@ -1,11 +1,13 @@
 """One spec, fitted, judged and used: fit, evaluate, predict, save, load. Knows tasks only by their base class."""
 
 import functools
+import itertools
 import json
 import os
 import platform
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
@@ -14,21 +16,25 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
-from tqdm.auto import tqdm
 
+from medxray import disk, processes
 from medxray.data import Sample, Studies, StudyImages, collate, load_studies, study_from
 from medxray.encoders import Encoder
 from medxray.encoders.adapt import as_encoder
 from medxray.encoders.frozen import compute_once
-from medxray.evaluation import judge, write_predictions
+from medxray.evaluation import Judged, judge, write_predictions
 from medxray.metrics import METRICS, Metric, available
 from medxray.metrics.intervals import score_all
 from medxray.model_card import counts, write_card
-from medxray.registry import nearest
-from medxray.spec import Overrides, Spec
+from medxray.progress import progress_bar, quiet
+from medxray.registry import Settings, nearest
+from medxray.spec import DataSpec, Overrides, Spec
 from medxray.tasks import TASKS, Task, join_views
-from medxray.training import fit, load_trained, save_trained
-from medxray.types import Batch, Prediction, RunError, Scores, SpecError
+from medxray.training import fit, load_trained, save_trained, strategy_of
+from medxray.types import Batch, DataError, Prediction, RunError, Scores, SpecError, WeightsError
+from medxray.visual import StudyCard
+from medxray.visual.charts import training_curves
+from medxray.visual.page import fragment
 from medxray.visual.report_page import report_page
 
 CARDS = 24
@@ -90,6 +96,7 @@ def load(
         return _from_checkpoint(folder, Spec.read(spec, overrides), encoder)
     if folder.is_file():
         raise RunError(f"{folder} is a file; for another project's checkpoint name its spec too: spec='r2gencsr-mimic-cxr'")
+    disk.settle(folder)
     for name in ("spec.yaml", "model.safetensors", "task.json"):
         if not (folder / name).is_file():
             found = ", ".join(sorted(p.name for p in folder.iterdir())) if folder.is_dir() else "no such folder"
@@ -105,6 +112,8 @@ def load(
         data["pixel_decoder"] = {**data["pixel_decoder"], "weights": None}
     model = data.get("decoder", {}).get("model")
     if isinstance(model, str) and model.startswith("./"):
+        if not (folder / model).resolve().is_relative_to(folder.resolve()):
+            raise RunError(f"{folder / 'spec.yaml'}: decoder.model {model!r} leads out of the run folder; name a folder inside")
         data["decoder"] = {**data["decoder"], "model": str(folder / model)}
     pipeline = Pipeline(Spec.read(data), encoder)
     pipeline.folder = folder
@@ -156,6 +165,11 @@ class Pipeline:
         state = "fitted" if self.fitted else "not fitted"
         return f"Pipeline({self.spec.name}: {self.spec.task}, {state}, {self.folder})"
 
+    def _repr_html_(self) -> str:
+        """For a notebook: parts with their settings, and how the fit went."""
+        curves = "".join(training_curves(read_log(self.folder))) if self.fitted else ""
+        return self.spec._repr_html_() + (fragment(f'<div class="curves">{curves}</div>') if curves else "")
+
     @property
     def task(self) -> Task:
         """The model, built on first use with the spec's seed."""
@@ -166,15 +180,15 @@ class Pipeline:
                 if self.given is not None:
                     encoder = as_encoder(self.given, self.spec.data.image_size)
                 self._task = TASKS.get(self.spec.task)(self.spec, encoder)
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-            self._task.eval().to(device)
+            self._task.eval().to(processes.device())
         return self._task
 
     @property
     def studies(self) -> Studies:
         """The data set, read and checked on first use."""
         if self._studies is None:
-            found = load_studies(self.spec.data, reports=TASKS.get(self.spec.task).reports)
+            with quiet(not self._progress):
+                found = load_studies(self.spec.data, reports=TASKS.get(self.spec.task).reports)
             if _names_of(self.folder) not in (None, found.reader.mark):
                 raise RunError(
                     f"{self.folder}: the names of patients were made with another key than the one that is found now, which "
@@ -207,21 +221,26 @@ class Pipeline:
             )
         return images
 
+    @processes.together()
     def fit(self, *, fresh: bool = False, progress: bool = True) -> "Pipeline":
-        """Fits the pipeline, or goes on where an interrupted fit stopped; a finished run is loaded as it is.
+        """Fits the pipeline, or goes on where an interrupted fit stopped; a finished run is loaded as it is. Several processes,
+        as `torchrun` starts them, share the work; each must call it.
 
         Args:
             fresh: delete what the run folder holds and begin anew.
             progress: show a bar.
 
         Raises:
-            RunError: the run folder is that of another spec, or cannot be written.
+            RunError: the run folder is that of another spec, or cannot be written; or another process was lost.
             DataError, SpecError, WeightsError: something given cannot be used; nothing is written then.
         """
         self._progress = progress
+        strategy_of(self.spec.training, processes.world())
         if fresh and _is_main() and self.folder.exists():
             _check_run_folder(self.folder)
-            shutil.rmtree(self.folder)
+            with disk.held(self.folder, "fit"):
+                disk.remove(self.folder)
+        processes.wait()
         if (self.folder / "spec.yaml").is_file():
             self._check_spec()
         if (self.folder / "model.safetensors").is_file():
@@ -244,14 +263,17 @@ class Pipeline:
                 f"training.select: of {' and '.join(selected)} some are better when higher and some when lower; "
                 "take metrics of one kind"
             )
+        for name in self.spec.training.oversample:
+            if name not in task.labels:
+                raise SpecError(
+                    f"training.oversample: no label {name!r}{nearest(name, task.labels)} "
+                    f"(found: {', '.join(task.labels) or 'none'})"
+                )
         task.to(next(task.encoder.parameters()).device)
         task.check_encoder()
         train, val = self.images("train", train=True), self.images("val")
         if self.spec.training.validation_studies is not None:
             val = val.still(range(min(len(val), self.spec.training.validation_studies)))
-        if _is_main():
-            self._begin()
-
         def validate() -> dict[str, float]:
             found = {"loss": validation_loss(task, val, self.spec.training.batch_size)}
             if set(selected) != {"loss"}:
@@ -265,22 +287,25 @@ class Pipeline:
             return found
 
         drawn = self._pictured(val)
-        fit(
-            task,
-            train,
-            self.folder,
-            validate,
-            pictured=val.collate([val[row] for row in drawn]) if drawn else None,
-            higher_is_better=all(better[name] for name in selected),
-            progress=progress,
-        )
-        if _is_main():
-            task.save_files(self.folder)
-            _write_json(self.folder / "references.json", task.references())
-            save_trained(task, self.folder / "model.safetensors")
+        with disk.held(self.folder, "fit") if _is_main() else nullcontext(), quiet(not progress):
+            if _is_main():
+                self._begin()
+            fit(
+                task,
+                train,
+                self.folder,
+                validate,
+                pictured=val.collate([val[row] for row in drawn]) if drawn else None,
+                higher_is_better=all(better[name] for name in selected),
+                progress=progress,
+            )
+            if _is_main():
+                self._finish()
+        processes.wait()
         self.fitted = True
         return self
 
+    @processes.together()
     @torch.no_grad()
     def evaluate(
         self,
@@ -296,7 +321,8 @@ class Pipeline:
 
         What a metric has to choose, such as a threshold, each system chooses on the validation studies.
 
-        Also writes scores.json, predictions.parquet and report.html to the run folder.
+        Also writes scores.json, predictions.parquet and report.html to the run folder. Several processes predict a part of the
+        studies each; all must call it.
 
         Args:
             split: "test" where the data set has one, else "val".
@@ -333,32 +359,41 @@ class Pipeline:
         for row, pipeline in (beside or {}).items():
             pipeline._need_fit()
             others[row] = other(row, pipeline.task.predict, pipeline)
-        judged = judge(
-            task, metrics, split, images, said(split), lambda on: task.outputs(said(on)), others,
-            protocol=protocol, subgroups=subgroups,
-        )  # fmt: skip
-        scores, shown = judged.scores, images[split]
+        with quiet(not progress):
+            judged = judge(
+                task, metrics, split, images, said(split), lambda on: task.outputs(said(on)), others,
+                protocol=protocol, subgroups=subgroups,
+            )  # fmt: skip
+        scores = judged.scores
         scores.notes += left_out
-        self.folder.mkdir(parents=True, exist_ok=True)
-        _write_json(self.folder / "scores.json", scores.to_dict())
-        write_predictions(
-            self.folder / "predictions.parquet", said(split), judged.references, shown.patient_ids, split
-        )
-        report_page(
-            self.folder / "report.html",
-            title=self.spec.name,
-            spec_yaml=self.spec.to_yaml(),
-            log=read_log(self.folder),
-            scores=scores,
-            studies=task.cards(shown, said(split), images["train"], set(_spread(len(shown), CARDS))),
-            facts=self.facts(),
-            notes=[f"protocol {scores.protocol}"] if scores.protocol else [],
-            values=judged.each,
-            calibration=judged.calibration,
-            count=len(shown),
-            progress=progress,
-        )
+        if _is_main():
+            self._write_scores(judged, split, images, said(split), progress)
+        processes.wait()
         return scores
+
+    def _write_scores(
+        self, judged: Judged, split: str, images: Mapping[str, StudyImages], said: list[Prediction], progress: bool
+    ) -> None:
+        """scores.json, predictions.parquet and report.html of an evaluation."""
+        task, scores, shown = self.task, judged.scores, images[split]
+        # Files of two evaluations must not stand beside each other.
+        with self._written(), disk.held(self.folder, "evaluate"), disk.replacing_together(self.folder) as staged:
+            _write_json(staged / "scores.json", scores.to_dict())
+            write_predictions(staged / "predictions.parquet", said, judged.references, shown.patient_ids, split)
+            report_page(
+                staged / "report.html",
+                title=self.spec.name,
+                spec_yaml=self.spec.to_yaml(),
+                log=read_log(self.folder),
+                scores=scores,
+                studies=task.cards(shown, said, images["train"], set(_spread(len(shown), CARDS))),
+                facts=self.facts(),
+                notes=[f"protocol {scores.protocol}"] if scores.protocol else [],
+                values=judged.each,
+                calibration=judged.calibration,
+                count=len(shown),
+                progress=progress,
+            )
 
     @torch.no_grad()
     def predict(self, studies: Any, *, progress: bool = False) -> Any:
@@ -370,15 +405,19 @@ class Pipeline:
             progress: show a bar.
 
         Returns:
-            A `Prediction` for one study, a list of them for a list.
+            A `Prediction` for one study, a list of them for a list. Of a list several processes read and predict a part each;
+            all must call it, and get all of it.
         """
         self._need_fit()
-        many = isinstance(studies, list)
-        task, samples = self.task, self._samples(studies if many else [studies])
-        size = self._prediction_batch
-        batches = [collate(samples[i : i + size], task.views) for i in range(0, len(samples), size)]
-        found = self._run(task.predict, batches, len(batches), "predict", progress)
-        return found if many else found[0]
+        task = self.task
+        if not isinstance(studies, list):
+            return self._run(task.predict, [collate(self._samples([studies]), task.views)], 1, "predict", progress)[0]
+        with processes.together():
+            own = processes.own_batches(studies, self.prediction_batch)
+            batches = (collate(self._samples(part), task.views) for _, part in own)
+            found = iter(self._run(task.predict, batches, len(own), "predict", progress))
+            made = [(number, list(itertools.islice(found, len(part)))) for number, part in own]
+            return list(itertools.chain.from_iterable(processes.union(made, -(-len(studies) // self.prediction_batch))))
 
     def read(self, studies: Sequence[Any]) -> list[Sample]:
         """Studies decoded as the model takes them; `predict` and `features` take them in place of files.
@@ -391,6 +430,29 @@ class Pipeline:
         self._need_fit()
         return self._samples(studies)
 
+    def decoder(self, data: DataSpec | None = None) -> Callable[[Any], Sample]:
+        """What `read` does to each study. It holds nothing of the model, and can be sent to other processes.
+
+        Args:
+            data: how files become images; as the spec says if None.
+        """
+        self._need_fit()
+        encoder, task, data = self.task.encoder, self.task, data or self.spec.data
+        # Settings of a part are of a class made at run time, which does not travel; which reader there was is all the same here.
+        data = DataSpec.model_construct(**{**dict(data), "reader": Settings(name=data.reader.name)})
+        return functools.partial(
+            study_from,
+            spec=data,
+            channels=encoder.channels,
+            mean=encoder.mean,
+            std=encoder.std,
+            labels=task.labels,
+            seed=self.spec.seed,
+            max_views=task.views,
+            segment=task.segment,
+            grid=task.grid,
+        )
+
     @torch.no_grad()
     def features(self, studies: Sequence[Any]) -> NDArray[np.float32]:
         """(n, D): the encoder's pooled vector of each study, the mean over its views.
@@ -400,7 +462,7 @@ class Pipeline:
         """
         self._need_fit()
         task, samples = self.task, self._samples(studies)
-        size, device = self._prediction_batch, next(self.task.encoder.parameters()).device
+        size, device = self.prediction_batch, next(self.task.encoder.parameters()).device
         task.eval()
         found = [np.zeros((0, task.encoder.width), np.float32)]
         for i in range(0, len(samples), size):
@@ -439,7 +501,7 @@ class Pipeline:
         pages = [samples[i : i + PAGE] for i in range(0, len(samples), PAGE)]
         device, files = next(self.task.encoder.parameters()).device, []
         self.task.eval()
-        for i, page in enumerate(tqdm(pages, desc="pictures", unit="page", disable=not progress)):
+        for i, page in enumerate(progress_bar(pages, desc="pictures", unit="page", disable=not progress)):
             page_name = f"{name}-{i + 1:03d}" if len(pages) > 1 else name
             try:
                 files += self.task.pictures(collate(page, views).to(device), folder, page_name)
@@ -447,6 +509,29 @@ class Pipeline:
                 reason = error.strerror or error
                 raise RunError(f"{folder} cannot be written: {reason}; name another folder for the pictures") from error
         return files
+
+    @torch.no_grad()
+    def cards(self, rows: Sequence[int] = range(3), split: str = "test") -> list[StudyCard]:
+        """Studies of a split beside what the model says of them, as `report.html` has them; a notebook shows each.
+
+        Args:
+            rows: which, in the order of the split.
+            split: of the data set.
+
+        Raises:
+            RunError: not fitted yet.
+            DataError: no such split, or no such study in it.
+        """
+        self._need_fit()
+        count = len(self.studies.splits.get(split, ()))
+        self.studies.require(split)
+        if wrong := [row for row in rows if not 0 <= row < count]:
+            raise DataError(f"split {split!r} has {count} studies, 0 to {count - 1}; found {wrong[0]}")
+        images, train = self.images(split).still(list(rows)), self.images("train").still()
+        found = self._predict_all(self.task.predict, images, "cards", progress=False)
+        # One by one, since of cards of one page only the first has the image of a context study.
+        alone = (self.task.cards(images.still([i]), [prediction], train, {0}) for i, prediction in enumerate(found))
+        return [card for cards in alone for card in cards]
 
     def save(self, folder: str | Path, *, complete: bool = False) -> Path:
         """Writes what `load` needs. Frozen public weights stay named by hash unless `complete`.
@@ -457,21 +542,22 @@ class Pipeline:
         self._need_fit()
         folder = Path(folder)
         if folder.exists() and any(folder.iterdir()):
+            disk.settle(folder)
             _check_run_folder(folder)
-        folder.mkdir(parents=True, exist_ok=True)
         spec, references = self.spec, self.task.references()
-        if complete:
-            spec = Spec.read(spec, self.task.copy_public(folder))
-            references = {}
-        self.task.save_files(folder)
-        _write_json(folder / "references.json", references)
-        mark = self._studies.reader.mark if self._studies is not None else _names_of(self.folder)
-        _write_json(folder / "environment.json", environment() | ({"names": mark} if mark else {}))
-        _write(folder / "spec.yaml", spec.to_yaml())
-        for name in ("facts.json", "scores.json"):
-            if (self.folder / name).is_file() and self.folder.resolve() != folder.resolve():
-                shutil.copyfile(self.folder / name, folder / name)
-        save_trained(self.task, folder / "model.safetensors")
+        with disk.replacing_together(folder) as staged:
+            if complete:
+                spec = Spec.read(spec, self.task.copy_public(staged))
+                references = {}
+            self.task.save_files(staged)
+            _write_json(staged / "references.json", references)
+            mark = self._studies.reader.mark if self._studies is not None else _names_of(self.folder)
+            _write_json(staged / "environment.json", environment() | ({"names": mark} if mark else {}))
+            disk.write(staged / "spec.yaml", spec.to_yaml())
+            for name in ("facts.json", "scores.json"):
+                if (self.folder / name).is_file() and self.folder.resolve() != folder.resolve():
+                    shutil.copyfile(self.folder / name, staged / name)
+            save_trained(self.task, staged / "model.safetensors")
         return folder
 
     def export(
@@ -493,9 +579,14 @@ class Pipeline:
         """
         self._need_fit()
         folder = Path(folder)
-        if format == "medxray" or not self.task.export(folder, format):
-            return self.save(folder, complete=True)
-        return folder
+        if format != "medxray":
+            with disk.replacing_together(folder) as staged:
+                written = self.task.export(staged, format)
+                if written and (folder / "spec.yaml").exists():
+                    raise WeightsError(f"{folder} is a run folder, whose files would be mixed up; name another")
+            if written:
+                return folder
+        return self.save(folder, complete=True)
 
     def card(self, path: str | Path | None = None, *, license: str = "unknown") -> Path:
         """Writes a model card of the run folder: its parts, data, recipe, scores, floors, subgroups, use and limits.
@@ -532,24 +623,8 @@ class Pipeline:
             self.task.begin_with(self.spec.weights)
 
     def _samples(self, studies: Sequence[Any]) -> list[Sample]:
-        encoder, task = self.task.encoder, self.task
-        return [
-            value
-            if isinstance(value, Sample)
-            else study_from(
-                value,
-                self.spec.data,
-                channels=encoder.channels,
-                mean=encoder.mean,
-                std=encoder.std,
-                labels=task.labels,
-                seed=self.spec.seed,
-                max_views=task.views,
-                segment=task.segment,
-                grid=task.grid,
-            )
-            for value in studies
-        ]
+        decode = self.decoder()
+        return [value if isinstance(value, Sample) else decode(value) for value in studies]
 
     def _pictured(self, images: StudyImages) -> list[int]:
         """The validation studies that a fit draws, the same all along; none for a task that draws nothing."""
@@ -559,17 +634,20 @@ class Pipeline:
         return _spread(judged, self.spec.training.pictures)
 
     @property
-    def _prediction_batch(self) -> int:
+    def prediction_batch(self) -> int:
+        """Studies that the model predicts at once."""
         generation = self.spec.generation
         return generation.batch_size if generation is not None else self.spec.training.batch_size
 
     def _predict_all(
         self, predict: Predict, images: StudyImages, what: str, progress: bool
     ) -> list[Prediction]:
-        """A prediction a study, in the order of the data set whatever the order in which they are made."""
-        size, order = self._prediction_batch, self.task.prediction_order(images)
-        found = self._run(predict, images.batches(size, order), -(-len(images) // size), what, progress)
-        return [prediction for _, prediction in sorted(zip(order, found, strict=True), key=lambda made: made[0])]
+        """A prediction a study, in the order of the data set whatever the order in which, and the process by which, they are
+        made."""
+        own = processes.own_batches(self.task.prediction_order(images), self.prediction_batch)
+        found = self._run(predict, (images.of(rows) for _, rows in own), len(own), what, progress)
+        made = zip((row for _, rows in own for row in rows), found, strict=True)
+        return processes.union(list(made), len(images))
 
     def _run(
         self,
@@ -583,13 +661,17 @@ class Pipeline:
         device = next(self.task.encoder.parameters()).device
         found: list[Prediction] = []
         with torch.no_grad():
-            for batch in tqdm(batches, total=count, desc=what, unit="batch", disable=not progress):
+            for batch in progress_bar(batches, total=count, desc=what, unit="batch", disable=not progress):
                 found += predict(batch.to(device))
         return found
 
     def _metrics(self) -> tuple[list[Metric], list[str]]:
         """The spec's metrics that can be computed here, and what is left out."""
         names = self.spec.metrics or [METRICS.settings_of(name)(name=name) for name in self.task.metrics]
+        given = {METRICS.get(name).takes for name in self.task.metrics}
+        for settings in names:
+            if (takes := METRICS.get(settings.name).takes) not in given:
+                raise SpecError(f"metrics: {settings.name!r} judges {takes}, which {self.spec.task} does not give; leave it out")
         metrics = [METRICS.build(settings) for settings in names]
         for metric in metrics:
             if hasattr(metric, "labels"):
@@ -616,32 +698,52 @@ class Pipeline:
                 "name another folder with output=..., or start anew with fresh"
             )
 
+    def _finish(self) -> None:
+        with self._written():
+            self.task.save_files(self.folder)
+            _write_json(self.folder / "references.json", self.task.references())
+            # The sign that the fit has ended.
+            save_trained(self.task, self.folder / "model.safetensors")
+
+    @contextmanager
+    def _written(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise RunError(
+                f"run folder {self.folder} cannot be written: {error.strerror or error}; what was saved before is whole: free "
+                "some space and give the same command again"
+            ) from error
+
     def _begin(self) -> None:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            _write(self.folder / "spec.yaml", self.spec.to_yaml())
+            disk.write(self.folder / "spec.yaml", self.spec.to_yaml())
             mark = self.studies.reader.mark
             _write_json(self.folder / "environment.json", environment() | ({"names": mark} if mark else {}))
             _write_json(self.folder / "facts.json", counts(self.task, self.studies))
             if self.studies.skipped:
                 rows = "".join(json.dumps(row) + "\n" for row in self.studies.skipped)
-                _write(self.folder / "skipped.jsonl", rows)
+                disk.write(self.folder / "skipped.jsonl", rows)
         except OSError as error:
             raise RunError(
-                f"run folder {self.folder} cannot be written: {error.strerror}; name another with output=..."
+                f"run folder {self.folder} cannot be written: {error.strerror}; free some space, or name another with output=..."
             ) from error
 
 
 @torch.no_grad()
 def validation_loss(task: Task, images: StudyImages, batch_size: int) -> float:
-    """Mean loss over all items of a split."""
+    """Mean loss over all items of a split, each process its part of the batches."""
     device = next(task.encoder.parameters()).device
-    total, items = 0.0, 0
-    for batch in images.batches(batch_size):
+    made = []
+    for number, rows in processes.own_batches(range(len(images)), batch_size):
+        batch = images.of(rows)
         count = task.items(batch)
-        if count:
-            total += float(task(batch.to(device), count)) * count
-            items += count
+        made.append((number, (float(task(batch.to(device), count)) * count if count else 0.0, count)))
+    total, items = 0.0, 0
+    for loss, count in processes.union(made, -(-len(images) // batch_size)):
+        total += loss
+        items += count
     return total / max(1, items)
 
 
@@ -673,11 +775,16 @@ def _names_of(folder: Path) -> str | None:
 
 
 def read_log(folder: Path) -> list[dict[str, Any]]:
-    """Lines of a run's log; none where there is no log."""
+    """Lines of a run's log; none where there is no log.
+
+    Raises:
+        RunError: it is damaged.
+    """
     path = folder / "log.jsonl"
-    if not path.is_file():
-        return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    try:
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path} cannot be read ({error}); restore it, or remove it: its curves are then not drawn") from error
 
 
 def _is_main() -> bool:
@@ -685,15 +792,16 @@ def _is_main() -> bool:
 
 
 def _check_run_folder(folder: Path) -> None:
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / "spec.yaml").is_file():
+    held = [path for path in folder.iterdir() if not disk.is_left(path)] if folder.is_dir() else []
+    if held and not (folder / "spec.yaml").is_file():
         raise RunError(f"{folder} holds files but no spec.yaml, so it is no run folder; nothing in it was touched")
 
 
 def _differences(old: Any, new: Any, path: str = "") -> Iterable[tuple[str, Any, Any]]:
     if isinstance(old, dict) and isinstance(new, dict):
         for key in dict.fromkeys([*old, *new]):
-            # Neither changes what a run computes.
-            if (path, key) in (("", "output"), ("data", "workers")):
+            # None of them changes what a run computes.
+            if (path, key) in (("", "output"), ("data", "workers"), ("training", "strategy")):
                 continue
             yield from _differences(old.get(key), new.get(key), f"{path}.{key}" if path else str(key))
     elif old != new:
@@ -705,14 +813,5 @@ def _spread(n: int, most: int) -> list[int]:
     return sorted({int(i * n / min(n, most)) for i in range(min(n, most))})
 
 
-def _write(path: Path, text: str) -> None:
-    staged = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        staged.write_text(text, encoding="utf-8")
-        staged.replace(path)
-    finally:
-        staged.unlink(missing_ok=True)
-
-
 def _write_json(path: Path, data: Any) -> None:
-    _write(path, json.dumps(data, indent=1) + "\n")
+    disk.write(path, json.dumps(data, indent=1) + "\n")

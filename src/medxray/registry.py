@@ -49,7 +49,7 @@ def nearest(name: str, names: typing.Iterable[str]) -> str:
 class Settings(BaseModel):
     """A part's name and settings as a spec holds them; complete, so that a saved spec survives changed defaults."""
 
-    model_config = ConfigDict(extra="forbid", validate_default=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", validate_default=True, protected_namespaces=(), allow_inf_nan=False)
 
     name: str
 

@@ -53,8 +53,10 @@ def score_table(
 
     Raises:
         DataError: no such file or column, no row, a row without a reference, or a study twice; with the line.
-        SpecError: a protocol or metric that is unknown, or a metric that needs settings or does not compare texts.
+        SpecError: no metric, a protocol or metric that is unknown, or a metric that needs settings or does not compare texts.
     """
+    if not metrics:
+        raise SpecError(f"metrics: none are named; expected some of {', '.join(METRICS.names())}")
     read = named_protocol(protocol, words)
     chosen, left_out = available([named_metric(name) for name in metrics])
     reports = read_reports(file, prediction, reference, patient=patient, study=study, protocol=read)

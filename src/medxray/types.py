@@ -7,8 +7,10 @@ import dataclasses
 import math
 import re
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from html import escape
+from pathlib import PurePath
 from typing import TYPE_CHECKING, Any, NamedTuple, NotRequired, TypedDict
 
 if TYPE_CHECKING:
@@ -155,6 +157,17 @@ class Context:
     negative_ids: list[list[str]]
 
 
+def html_table(head: Sequence[str], rows: Iterable[Sequence[str]], caption: str = "") -> str:
+    """A table of cells that are HTML, each row's first its name. It has no style sheet: a notebook shows tables in its own."""
+    left = ' style="text-align:left;vertical-align:top"'
+    top = "".join(f"<th{left}>{cell}</th>" for cell in head)
+    body = "".join(
+        f"<tr><th{left}>{name}</th>{''.join(f'<td{left}>{cell}</td>' for cell in cells)}</tr>" for name, *cells in rows
+    )
+    told = f'<caption style="text-align:left;color:inherit">{caption}</caption>' if caption else ""
+    return f"<table>{told}{f'<thead><tr>{top}</tr></thead>' if head else ''}<tbody>{body}</tbody></table>"
+
+
 class Word(NamedTuple):
     """A word of a generated report, with its probability after the words before it."""
 
@@ -200,8 +213,8 @@ class Prediction:
     scores: dict[str, float] = field(default_factory=dict)
     context: dict[str, list[str]] = field(default_factory=dict)
     similarity: dict[str, list[float]] = field(default_factory=dict)
-    log_probabilities: list[float] = field(default_factory=list)
-    tokens: list[str] = field(default_factory=list)
+    log_probabilities: list[float] = field(default_factory=list, repr=False)
+    tokens: list[str] = field(default_factory=list, repr=False)
 
     @property
     def words(self) -> list[Word]:
@@ -216,6 +229,29 @@ class Prediction:
 
     def __str__(self) -> str:
         return self.text or ", ".join(f"{name} {value:.3f}" for name, value in self.scores.items())
+
+    def _repr_html_(self) -> str:
+        """For a notebook: the report on a ground that is the darker the less probable a word was, probabilities as bars, and
+        who the context was."""
+        words = "".join(
+            f'<span title="{word.probability:.0%}" style="background:rgba(224,128,40,{0.62 * (1 - word.probability):.2f})">'
+            f"{escape(word.text)}</span> "
+            for word in self.words
+        )
+        shown = f"<b>{escape(self.study_id)}</b>"
+        if self.text:
+            shown += f'<p style="max-width:80ch">{words or escape(self.text)}</p>'
+        if self.scores:
+            bar = '<div style="width:120px;background:#8883"><div style="width:{:.0%};height:8px;background:#1d5c86"></div></div>'
+            rows = (
+                (escape(name), bar.format(min(max(value, 0.0), 1.0)), f"{value:.3f}") for name, value in self.scores.items()
+            )
+            shown += html_table((), rows)
+        for pool, studies in self.context.items():
+            near = [f" ({value:.2f})" for value in self.similarity.get(pool, ())] or [""] * len(studies)
+            listed = ", ".join(escape(name) + cosine for name, cosine in zip(studies, near, strict=False))
+            shown += f"<small>{escape(pool)} context: {listed}</small><br>"
+        return f"<div>{shown}</div>"
 
 
 @dataclass(frozen=True)
@@ -235,11 +271,19 @@ class Score:
         return f"{self.value:.3f} ({self.low:.3f}-{self.high:.3f})"
 
 
+def for_json(value: Any) -> Any:
+    """The same in what JSON has: None for NaN and infinities, of which it knows none, and texts for paths."""
+    if isinstance(value, Mapping):
+        return {str(key): for_json(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [for_json(item) for item in value]
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    return str(value) if isinstance(value, PurePath) else value
+
+
 def _plain(scores: Mapping[str, Score]) -> dict[str, dict[str, float | None]]:
-    return {
-        metric: {key: None if value != value else value for key, value in dataclasses.asdict(score).items()}
-        for metric, score in scores.items()
-    }
+    return {metric: for_json(dataclasses.asdict(score)) for metric, score in scores.items()}
 
 
 def _scores(data: Mapping[str, Mapping[str, Any]]) -> dict[str, Score]:
@@ -296,7 +340,7 @@ class Scores(Mapping[str, Score]):
         return {self.title: self.scores, **self.comparisons}
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for `scores.json`; what is undefined is None, since JSON knows no NaN."""
+        """Plain values for `scores.json`; what is undefined is None."""
         return {
             "title": self.title,
             "protocol": self.protocol,
@@ -341,11 +385,35 @@ class Scores(Mapping[str, Score]):
                 blocks.append([first])
             blocks[-1].append(column)
         lines = ["  ".join(line).rstrip() for block in blocks for line in zip(*block, strict=True)]
-        n = max((score.n for score in self.scores.values()), default=0)
-        told = "; 95 % intervals by bootstrap over patients" if any(s.low == s.low for s in self.scores.values()) else ""
-        notes = [f"n = {n} studies{told}", *([f"protocol {self.protocol}"] if self.protocol else []), *self.notes]
-        for note in notes:
+        for note in self._told():
             lines += textwrap.wrap(note, _WIDTH, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
         return "\n".join(lines)
 
     __repr__ = __str__
+
+    def _told(self) -> list[str]:
+        n = max((score.n for score in self.scores.values()), default=0)
+        told = "; 95 % intervals by bootstrap over patients" if any(s.low == s.low for s in self.scores.values()) else ""
+        return [f"n = {n} studies{told}", *([f"protocol {self.protocol}"] if self.protocol else []), *self.notes]
+
+    def _repr_html_(self) -> str:
+        """For a notebook: a metric a line, a row of `rows` a column; labels and notes open on demand, warnings are seen."""
+
+        def cells(metric: str) -> Iterator[str]:
+            for values in self.rows.values():
+                value, _, interval = str(values.get(metric, "")).partition(" ")
+                shown = f"<b>{value}</b>" if values is self.scores else value
+                yield shown + (f"<br><small>{interval.strip('()').replace('-', '–')}</small>" if interval else "")
+
+        def table(metrics: Sequence[str]) -> str:
+            return html_table(["", *map(escape, self.rows)], ([escape(metric), *cells(metric)] for metric in metrics))
+
+        labels = [metric for metric in self.scores if "/" in metric]
+        shown = table([metric for metric in self.scores if "/" not in metric])
+        if labels:
+            shown += f"<details><summary>by label</summary>{table(labels)}</details>"
+        first, *others = self._told()
+        warnings = [note for note in others if note.startswith("Warning")]
+        notes = "<br>".join(escape(note) for note in others if note not in warnings)
+        shown += f"<details><summary>{escape(first)}</summary><small>{notes}</small></details>"
+        return f"<div>{shown}{''.join(f'<small>{escape(note)}</small><br>' for note in warnings)}</div>"

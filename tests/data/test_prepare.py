@@ -283,6 +283,12 @@ def test_png_is_smaller_than_a_general_encoder_makes_it() -> None:
     assert len(encode_png(levels)) < len(general.getvalue())
 
 
+def test_a_depth_that_is_none_is_refused(source: Path, tmp_path: Path) -> None:
+    spec, _ = data_of("csv", [f"reader.root={source}", f"image_size={SIZE}"])
+    with pytest.raises(DataError, match=r"bits: expected 'auto', '8', '16', found 16"):
+        write_shards(spec.data, tmp_path / "out", bits=16)  # type: ignore[arg-type]
+
+
 # Privacy
 
 

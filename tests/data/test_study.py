@@ -1,4 +1,5 @@
 import math
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -283,3 +284,13 @@ def test_attributes_of_the_studies(tmp_path: Path) -> None:
     assert images.still([3, 0]).attributes["view"] == ["PA", "PA+LL"]
     single = images_of(tmp_path, data_spec(tmp_path, views="single"))
     assert single.attributes["view"] == ["PA", "AP", "", "PA"], "views that nobody looks at tell nothing"
+
+
+def test_a_notebook_shows_the_splits(tmp_path: Path) -> None:
+    studies = load_studies(data_spec(write_studies(tmp_path)))
+    assert repr(studies) == f"Studies({tmp_path}: train 8, val 1, test 1; 1 labels)"
+    rows = [re.findall(r"<t[hd][^>]*>([^<]*)<", row) for row in studies._repr_html_().split("<tr>")[1:]]
+    assert rows == [
+        ["", "train", "val", "test"], ["studies", "8", "1", "1"], ["patients", "8", "1", "1"], ["images", "15", "2", "2"],
+        ["Mass", "50%", "0%", "100%"],
+    ]  # fmt: skip

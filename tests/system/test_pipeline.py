@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors import safe_open
 
 import medxray
-from medxray.types import RunError, SpecError, WeightsError
+from medxray.types import DataError, RunError, SpecError, WeightsError
 
 DECODER = {
     "name": "causal-lm", "trainable": True, "vocabulary": 300, "words": True, "prompt": "r2gengpt",
@@ -269,3 +269,22 @@ def test_an_encoder_that_is_not_what_it_declares_leaves_nothing_behind(phantom: 
         with pytest.raises(SpecError, match=message):
             medxray.build(spec(phantom, tmp_path / "run"), encoder=encoder).fit(progress=False)
         assert not (tmp_path / "run").exists()
+
+
+def test_a_notebook_shows_a_pipeline_and_its_studies(fitted: medxray.Pipeline, phantom: Path) -> None:
+    shown = fitted._repr_html_()
+    assert "<th" in shown and "causal-lm" in shown and "loss" in shown and "</svg>" in shown
+    assert "</svg>" not in medxray.build(spec(phantom, Path("runs/never")))._repr_html_()
+    cards = fitted.cards([3, 0], "val")
+    names = fitted.studies.splits["val"]["study_id"]
+    assert [card.study_id for card in cards] == [names[3], names[0]]
+    texts = [prediction.text for prediction in fitted._predict_all(fitted.task.predict, fitted.images("val"), "", False)]
+    for card, row in zip(cards, (3, 0), strict=True):
+        assert card.prediction == texts[row] and card.reference == fitted.images("val").reports[row]
+        assert all(own.image is not None for own in card.context) and len(card.context) == 3
+        assert card.attention and card.attention[0].shape[0] == len(card.prediction.split())
+    count = len(names)
+    with pytest.raises(DataError, match=f"{count} studies, 0 to {count - 1}; found {count}"):
+        fitted.cards([0, count], "val")
+    with pytest.raises(DataError, match="no split 'tset'; did you mean 'test'"):
+        fitted.cards([0], "tset")

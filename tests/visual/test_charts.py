@@ -194,3 +194,10 @@ def test_a_reliability_curve_lies_on_the_diagonal_where_probabilities_hold():
 def test_errors_are_better_when_lower():
     names = ("ece", "brier/Edema", "loss", "reconstruction-error", "auroc", "bleu-4", "auroc/ece", "f1/loss of volume")
     assert [lower_is_better(name) for name in names] == [True] * 4 + [False] * 4
+
+
+def test_a_notebook_shows_a_picture_whose_style_is_its_own():
+    chart = interval_chart({"a": {"f1": Score(0.5, 0.4, 0.6, 9)}}, ["f1"])
+    assert chart._repr_svg_() == chart and repr(chart) == f"Svg({len(chart):,} characters)"
+    rules = re.findall(r"([^{}]+)\{", chart[chart.index("<style>") + 7 : chart.index("</style>")])
+    assert len(rules) > 5 and all(rule.startswith(".intervals") for rule in rules)

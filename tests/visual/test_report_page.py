@@ -405,3 +405,27 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
             tmp_path / "file" / "report.html",
             title="", spec_yaml="", log=[], scores=None, studies=[], facts={}, notes=[],
         )  # fmt: skip
+
+
+def test_a_notebook_shows_a_card_whole_and_keeps_its_style_to_itself():
+    image = np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8)
+    maps = np.full((2, 4, 4), 1 / 16, np.float32)
+    card = StudyCard(
+        EVIL, [image], ["frontal"], "no effusion .", "an effusion",
+        context=[ContextCard("c1", "sick", image, EVIL, 0.5), ContextCard("c2", "normal", image, "clear")],
+        confidence=[0.5, 0.9], attention=[maps],
+    )  # fmt: skip
+    shown = card._repr_html_()
+    found = Page(shown)
+    assert not found.scripts and not found.blocks and "data-block" not in shown
+    assert EVIL in found.text and "clear" in found.text and "no image" not in found.text
+    # The study's image and its maps, and one of each context study.
+    assert found.count("img") == 4 and found.count("form") == 1
+    style_of = shown[shown.index("<style>") + 7 : shown.index("</style>")]
+    assert style_of.startswith(".medxray{") and ":root" not in style_of
+    depths = [0]
+    for sign in re.findall(r"[{}]", re.sub(r'"[^"]*"', "", style_of)):
+        depths.append(depths[-1] + (1 if sign == "{" else -1))
+    assert depths[-1] == 0 and min(depths[1:-1]) >= 1, "a rule that reaches out of the card"
+    assert "article:has(.w1:hover)" in style_of
+    assert repr(card) == f"StudyCard({EVIL}: frontal)"

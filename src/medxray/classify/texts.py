@@ -83,9 +83,12 @@ def _sentences(source: str, texts: list[str]) -> Tensor:
     """(K, D): the mean of the last layer over each text's tokens."""
     from transformers import AutoModel, AutoTokenizer
 
+    from medxray.weights.architectures import read_config
+
     path = Path(source).expanduser()
     name = str(path) if path.exists() else source
     try:
+        read_config(name, local_files_only=path.exists())
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False, local_files_only=path.exists())
         model = AutoModel.from_pretrained(
             name, dtype=torch.float32, trust_remote_code=False, local_files_only=path.exists()

@@ -27,7 +27,7 @@ from pydicom.uid import (
 
 from medxray.data.attributes import sex_of
 from medxray.data.dicom_headers import Header
-from medxray.data.images import EXPECTED, ImageHeader, check_size, codestream, gray, in_words, white_of
+from medxray.data.images import EXPECTED, ImageHeader, check_size, codestream, gray, in_words, no_memory_for, white_of
 from medxray.types import ImageError
 
 _IMAGE = (
@@ -113,6 +113,8 @@ def _guarded(work: Callable[[], _Result], name: str) -> _Result:
         return work()
     except ImageError:
         raise
+    except MemoryError as error:
+        raise no_memory_for(name) from error
     # pydicom and its decoders raise anything from struct.error to NotImplementedError; to a user it is all the same.
     except Exception as error:
         raise ImageError(

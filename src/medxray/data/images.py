@@ -26,7 +26,8 @@ from PIL.Jpeg2KImagePlugin import Jpeg2KImageFile
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 
-from medxray.types import ImageError
+from medxray.disk import watched
+from medxray.types import ImageError, RunError
 
 MAX_PIXELS = 100_000_000
 FORMATS = ("PNG", "JPEG", "TIFF", "JPEG2000", "BMP")
@@ -146,11 +147,12 @@ def _opened(source: str | Path | bytes, name: str, read: Callable[[BinaryIO, str
         return read(io.BytesIO(source), name)
     path = Path(source)
     try:
-        # A pipe would be waited for without end.
-        if stat.S_IFMT(path.stat().st_mode) not in (stat.S_IFREG, stat.S_IFDIR):
-            raise ImageError(f"{path}: cannot be opened (no regular file); expected {EXPECTED}; check its kind and rights")
-        with path.open("rb") as file:
-            return read(file, str(path))
+        with watched(str(path)):
+            # A pipe would be waited for without end.
+            if stat.S_IFMT(path.stat().st_mode) not in (stat.S_IFREG, stat.S_IFDIR):
+                raise ImageError(f"{path}: cannot be opened (no regular file); expected {EXPECTED}; check its kind and rights")
+            with path.open("rb") as file:
+                return read(file, str(path))
     except FileNotFoundError:
         raise ImageError(f"{path}: no such file; expected {EXPECTED}; check the path and data.reader.root") from None
     except OSError as error:
@@ -272,6 +274,8 @@ def _guarded(read: Callable[[], _Result], name: str) -> _Result:
         return read()
     except ImageError:
         raise
+    except MemoryError as error:
+        raise no_memory_for(name) from error
     except UnidentifiedImageError:
         raise ImageError(
             f"{name}: not an image or its header is damaged; expected {EXPECTED}; remove or replace the file"
@@ -458,6 +462,14 @@ def check_size(where: str, width: int, height: int, max_pixels: int) -> None:
             f"{where}: {width} x {height} pixels; expected at most {max_pixels}; "
             "reduce it, or raise data.max_pixels if the file is trusted"
         )
+
+
+def no_memory_for(name: str) -> RunError:
+    """No ImageError, which may be passed over: most such images are sound, and would be lost in silence."""
+    return RunError(
+        f"{name}: out of memory while it was read; take fewer processes and go on. If it is so every time the file is damaged: "
+        "leave it out"
+    )
 
 
 def in_words(error: BaseException) -> str:

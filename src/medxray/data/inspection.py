@@ -19,7 +19,6 @@ from pydantic import ValidationError
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from medxray.data.duplicates import COEFFICIENTS, Coefficients, coefficients, copies, correlate, hashes
 from medxray.data.images import ImageHeader, read_header, read_image
@@ -30,6 +29,7 @@ from medxray.data.splits import SPLITS, divide
 from medxray.data.study import load_studies
 from medxray.data.text import clean, is_empty
 from medxray.data.transforms import resize
+from medxray.progress import progress_bar
 from medxray.types import DataError, MedxrayError, Study
 
 if TYPE_CHECKING:
@@ -483,7 +483,7 @@ def _in_order(
         # More processes than cores are the user's choice.
         warnings.filterwarnings("ignore", "This DataLoader will create")
         loader: Any = iter(DataLoader(chunks, batch_size=None, num_workers=own, collate_fn=_as_it_is))
-    with tqdm(total=len(items), desc=what, unit="image", disable=not progress or not items) as bar:
+    with progress_bar(total=len(items), desc=what, unit="image", disable=not progress or not items) as bar:
         try:
             for chunk in loader:
                 yield from chunk

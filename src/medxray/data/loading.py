@@ -1,7 +1,9 @@
 """Studies -> normalised tensors, and batches of them."""
 
+import contextlib
 import copy
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +20,7 @@ from medxray.data.readers import Files, Locality, Reader
 from medxray.data.seeds import seed_of
 from medxray.data.transforms import Box, cover, cut, height_width, normalise, random_crop_box, resize
 from medxray.registry import Settings
-from medxray.types import Batch, DataError, Features, ImageError
+from medxray.types import Batch, DataError, Features, ImageError, MedxrayError, RunError
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -202,7 +204,11 @@ class StudyImages(torch.utils.data.Dataset[Sample]):
         """All studies, or those of some rows, in order, `size` at a time."""
         rows = range(len(self)) if order is None else order
         for start in range(0, len(rows), size):
-            yield self.collate([self[row] for row in rows[start : start + size]])
+            yield self.of(rows[start : start + size])
+
+    def of(self, rows: Sequence[int]) -> Batch:
+        """The studies of some rows as a batch."""
+        return self.collate([self[row] for row in rows])
 
     def picture(self, row: int, view: int) -> NDArray[np.float32]:
         """A study's view as a picture (h, w) in [0, 1]."""
@@ -282,6 +288,40 @@ class StudyImages(torch.utils.data.Dataset[Sample]):
         size, fit = self.spec.image_size, self.spec.fit
         covered = [cover(self.regions[image], self.grid, self._shapes[image], size, fit, box) for image in images]
         return torch.stack(covered)
+
+
+@contextlib.contextmanager
+def loading() -> Iterator[None]:
+    """To be held around what takes batches from other processes: what happens to those is told in words.
+
+    Raises:
+        RunError: one of them died, or has no memory left.
+        MedxrayError: what one of them raised, as if it had been raised here.
+    """
+    cure = "give the same command again to go on, with a lower data.workers if it happens again"
+    try:
+        yield
+    except MedxrayError as error:
+        # torch puts the other process's traceback in place of the message.
+        _, raised, said = str(error).rpartition(f"{type(error).__module__}.{type(error).__qualname__}: ")
+        if not raised or not str(error).startswith("Caught "):
+            raise
+        raise type(error)(said.rstrip()) from error
+    except (MemoryError, RuntimeError) as error:
+        found = re.search(r"DataLoader worker \(pid\S* ([\d, ]+)\) (.*)", str(error))
+        if found:
+            raise RunError(
+                f"a process that reads images died (pid {found[1]}: {found[2].strip(' .')}), perhaps for want of memory; {cure}"
+            ) from error
+        if str(error).startswith("Caught ") and is_out_of_memory(error):
+            raise RunError(f"a process that reads images is out of memory; {cure}") from error
+        raise
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether it says that there is no memory left, of this machine or of its GPU."""
+    told = re.search(r"can't allocate memory|[Oo]ut of memory|not enough memory|Cannot allocate memory", str(error))
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and told is not None)
 
 
 def collate(samples: Sequence[Sample], max_views: int) -> Batch:

@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,6 +22,7 @@ from PIL import Image
 from medxray.data.phantom_drawing import Anatomy, Mask, draw_view
 from medxray.data.phantom_reports import FINDINGS, Finding, write_report
 from medxray.data.seeds import seed_of
+from medxray.progress import progress_bar
 from medxray.types import DataError
 
 __all__ = ["FINDINGS", "Finding", "PhantomStudy", "draw_study", "generate", "split_of"]
@@ -400,7 +401,7 @@ def generate(
         # The kernels, zlib and the files release the interpreter's lock: threads are as quick as processes.
         with ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool:
             drawn = pool.map(lambda index: _write_study(folder, seed, index, size, format), range(studies))
-            for part in _bar(drawn, studies, progress):
+            for part in progress_bar(drawn, desc="drawing", total=studies, unit="study", disable=not progress):
                 rows += part
         with (folder / "studies.csv").open("w", encoding="utf-8", newline="") as file:
             table = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
@@ -420,10 +421,3 @@ def generate(
         shutil.rmtree(folder, ignore_errors=True)
     return root
 
-
-def _bar(parts: Iterator[list[dict[str, Any]]], total: int, show: bool) -> Iterator[list[dict[str, Any]]]:
-    if not show:
-        return parts
-    from rich.progress import track
-
-    return iter(track(parts, "drawing phantom studies", total=total))

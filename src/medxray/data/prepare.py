@@ -22,20 +22,22 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from multiprocessing import get_context, parent_process
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import IO, TYPE_CHECKING, Any, Literal, Protocol, get_args
 
 import numpy as np
 import pyarrow as arrow
 import torch
 from numpy.typing import NDArray
 from pyarrow import parquet
-from tqdm import tqdm
 
 from medxray.data.images import read_header, read_image
-from medxray.data.loading import needed_size
+from medxray.data.loading import is_out_of_memory, needed_size
 from medxray.data.readers import Reader
 from medxray.data.readers.parquet import MANIFEST, MASK_SIDE, WORK
 from medxray.data.transforms import cover, resize
+from medxray.disk import flush as _flush
+from medxray.disk import lock
+from medxray.progress import progress_bar
 from medxray.registry import Settings, nearest
 from medxray.spec import DataSpec, Spec, packaged
 from medxray.types import DataError, ImageError, SpecError, Study
@@ -153,6 +155,8 @@ def write_shards(
 
     if studies < 1 or (workers is not None and workers < 1):
         raise DataError(f"expected at least one study a shard and one worker, found {studies} and {workers}")
+    if bits not in get_args(Bits):
+        raise DataError(f"bits: expected {', '.join(map(repr, get_args(Bits)))}, found {bits!r}")
     if ray is not None:
         # Another machine has another working folder.
         root = str(Path(getattr(data.reader, "root")).absolute())  # noqa: B009
@@ -172,7 +176,7 @@ def write_shards(
             done = sum(planned.values()) - sum(planned[name] for name in todo)
             tasks = ((name, *_part(found, name, studies)) for name in todo)
             run = _on_ray(ray, workers) if ray is not None else _processes(min(workers or cores(), len(todo)))
-            with tqdm(
+            with progress_bar(
                 total=sum(planned.values()), initial=done, desc="preparing", unit="study", disable=not progress
             ) as bar:
                 for record in run(job, tasks, bar):
@@ -195,7 +199,7 @@ def verify_shards(out: str | Path, *, progress: bool = False) -> Record:
     out = Path(out)
     manifest = read_manifest(out)
     wrong = []
-    with tqdm(total=manifest["bytes"], desc="verifying", unit="B", unit_scale=True, disable=not progress) as bar:
+    with progress_bar(total=manifest["bytes"], desc="verifying", unit="B", unit_scale=True, disable=not progress) as bar:
         for record in manifest["files"]:
             problem = _problem(out / record["file"], record, bar)
             if problem:
@@ -524,6 +528,12 @@ def _make(job: _Job, name: str, studies: Sequence[Study], stamps: str, tick: Cal
         return record
     except OSError as error:
         raise _unwritable(job.out, error) from error
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise DataError(
+            f"{job.out}: out of memory while {name} was made; give the same command again to go on, with fewer workers"
+        ) from error
     finally:
         torch.set_num_threads(threads)
         with contextlib.suppress(OSError):
@@ -811,8 +821,8 @@ def _held(out: Path) -> Iterator[None]:
     work, new = out / WORK, not out.exists()
     try:
         work.mkdir(parents=True, exist_ok=True)
-        with (work / _LOCK).open("w") as lock:
-            _lock(lock.fileno(), out)
+        with (work / _LOCK).open("w") as file:
+            _lock(file, out)
             try:
                 yield
             finally:
@@ -826,18 +836,9 @@ def _held(out: Path) -> Iterator[None]:
         raise _unwritable(out, error) from error
 
 
-def _lock(file: int, out: Path) -> None:
-    try:
-        import fcntl
-
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except ImportError:
-        return
-    except BlockingIOError:
-        raise DataError(f"{out}: another run writes to this folder; wait for it or stop it") from None
-    except OSError as error:
-        if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):  # a file system without locks
-            raise
+def _lock(file: IO[str], out: Path) -> None:
+    if not lock(file):
+        raise DataError(f"{out}: another run writes to this folder; wait for it or stop it")
 
 
 def _unwritable(out: Path, error: OSError) -> DataError:
@@ -857,17 +858,6 @@ def _unwritable(out: Path, error: OSError) -> DataError:
 def _words(error: BaseException) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 160 else text[:157] + "..."
-
-
-def _flush(path: Path) -> None:
-    """Has a file, or a folder's list of files, on the disk."""
-    if os.name == "nt" and path.is_dir():
-        return
-    number = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-    try:
-        os.fsync(number)
-    finally:
-        os.close(number)
 
 
 def _write_json(path: Path, value: Any) -> None:

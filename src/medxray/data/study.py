@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,8 +16,9 @@ from medxray.data.readers import READERS, Reader
 from medxray.data.splits import SPLITS, divide
 from medxray.data.subsets import subset
 from medxray.data.text import clean, is_empty, without_marks
+from medxray.progress import progress_bar
 from medxray.registry import nearest
-from medxray.types import DataError, ImageError, Study
+from medxray.types import DataError, ImageError, Study, html_table
 
 if TYPE_CHECKING:
     from medxray.spec import DataSpec
@@ -48,7 +50,7 @@ def features_of(labels: Iterable[str]) -> Features:
     return Features({**FEATURES, "labels": {label: Value("int8") for label in labels}})
 
 
-@dataclass
+@dataclass(repr=False)
 class Studies:
     """A data set that has passed every check.
 
@@ -68,6 +70,22 @@ class Studies:
     views: int
     reader: Reader
     skipped: list[dict[str, str]] = field(default_factory=list)
+
+    def __repr__(self) -> str:
+        sizes = ", ".join(f"{name} {len(rows):,}" for name, rows in self.splits.items())
+        return f"Studies({self.root}: {sizes}; {len(self.labels)} labels)"
+
+    def _repr_html_(self) -> str:
+        """For a notebook: how many studies, patients and images each split has, and the share of its studies with a label."""
+        columns = []
+        for rows in self.splits.values():
+            labels = list(rows["labels"])
+            patients = {patient for patient in rows["patient_id"] if patient}
+            counts = (len(rows), len(patients), sum(map(len, rows["images"])))
+            shares = (sum(own[name] == 1 for own in labels) / max(1, len(labels)) for name in self.labels)
+            columns.append([*(f"{count:,}" for count in counts), *(f"{share:.0%}" for share in shares)])
+        names = ("studies", "patients", "images", *map(escape, self.labels))
+        return html_table(["", *self.splits], list(zip(names, *columns, strict=True)))
 
     def require(self, *splits: str) -> None:
         """Checks that splits hold studies.
@@ -278,7 +296,8 @@ def _with_images(
         return None
 
     with ThreadPoolExecutor() as pool:
-        reasons = iter(list(pool.map(unreadable, names)))
+        looked = progress_bar(pool.map(unreadable, names), desc="looking", total=len(names), unit="image", delay=2)
+        reasons = iter(list(looked))
     kept = []
     for study in studies:
         good = []

@@ -8,13 +8,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
-from tqdm.auto import tqdm
 
+from medxray import disk, processes
 from medxray.cache import cache_folder
 from medxray.data import StudyImages
 from medxray.encoders import Encoder
-from medxray.types import Features
+from medxray.progress import progress_bar
+from medxray.types import Features, RunError
 
 
 @torch.no_grad()
@@ -22,43 +24,76 @@ def compute_once(encoder: Encoder, images: StudyImages, batch_size: int, *, prog
     """Tokens (n, V, N, D) and pooled (n, V, D) of every study, float32, zeros where a view is missing.
 
     Looked up by what they follow from: the encoder's tensors, the way images are read, and each file's name,
-    size and time. Written beside their final place and renamed, so that a kill leaves nothing half.
+    size and time. Written beside their final place and renamed, so that a kill leaves nothing half; what is damaged is
+    computed anew.
     """
     folder = cache_folder() / "features" / features_key(encoder, images)
-    if not (folder / "grid.json").is_file():
-        staged = folder.with_name(f"{folder.name}.{os.getpid()}")
+    kept = _kept(folder)
+    # All processes learn whether any lacks them, since the next steps are taken together.
+    places = processes.union([(processes.rank(), (kept is None, f"{folder}.{os.getpid()}"))], processes.world())
+    if not any(lacking for lacking, _ in places):
+        assert kept is not None
+        return kept
+    own, _ = processes.local()
+    staged = Path(places[processes.rank() - own][1])
+    if kept is None and own == 0:
         shutil.rmtree(staged, ignore_errors=True)
         staged.mkdir(parents=True)
-        _compute(encoder, images, batch_size, staged, progress)
-        if folder.exists():
+    processes.wait()
+    if kept is None:
+        try:
+            _compute(encoder, images, batch_size, staged, progress)
+        except OSError as error:
+            shutil.rmtree(staged, ignore_errors=True)
+            raise RunError(
+                f"features of the encoder cannot be kept in {folder.parent}: {error.strerror or error}; free some space, or name "
+                "another folder by MEDXRAY_CACHE"
+            ) from error
+    else:
+        processes.wait()
+    processes.wait()
+    if kept is None and own == 0:
+        if _kept(folder) is not None:  # another job was first
             shutil.rmtree(staged)
         else:
+            shutil.rmtree(folder, ignore_errors=True)
             staged.rename(folder)
-    grid = json.loads((folder / "grid.json").read_text())
-    return Features(_mapped(folder / "tokens.npy"), tuple(grid) if grid else None, _mapped(folder / "pooled.npy"))
+    processes.wait()
+    kept = _kept(folder)
+    assert kept is not None
+    return kept
 
 
 def _compute(encoder: Encoder, images: StudyImages, batch_size: int, folder: Path, progress: bool) -> None:
+    """Each process of a machine writes its part of the studies into files that they share; the first makes them."""
     encoder.eval()
     device = next(encoder.parameters()).device
-    n, done, arrays = len(images), 0, {}
-    batches = images.batches(batch_size)
-    bar = tqdm(batches, total=-(-n // batch_size), desc="features", unit="batch", disable=not progress)
-    for batch in bar:
+    n, first = len(images), processes.local()[0] == 0
+    arrays: dict[str, NDArray[np.float32]] = {}
+    batches = processes.own_batches(range(n), batch_size, processes.local())
+    bar = progress_bar(batches, desc="features", unit="batch", disable=not progress)
+    for number, rows in bar:
+        batch = images.of(rows)
         B, V = batch.view_mask.shape
         features = encoder(batch.pixels.flatten(0, 1).to(device))
-        for name, flat in (("tokens", features.tokens), ("pooled", features.pooled)):
-            views = flat.float().cpu().unflatten(0, (B, V))
-            if name not in arrays:
-                arrays[name] = np.lib.format.open_memmap(
-                    folder / f"{name}.npy", mode="w+", dtype=np.float32, shape=(n, *views.shape[1:])
-                )
-            mask = batch.view_mask.reshape(B, V, *[1] * (views.ndim - 2))
-            arrays[name][done : done + B] = (views * mask).numpy()
-        done += B
+        parts = {"tokens": features.tokens, "pooled": features.pooled}
+        views = {name: flat.float().cpu().unflatten(0, (B, V)) for name, flat in parts.items()}
+        if not arrays:
+            if first:
+                for name, part in views.items():
+                    shape = (n, *part.shape[1:])
+                    np.lib.format.open_memmap(folder / f"{name}.npy", mode="w+", dtype=np.float32, shape=shape)
+                    disk.reserve(folder / f"{name}.npy")
+                (folder / "grid.json").write_text(json.dumps(features.grid))
+            processes.wait()
+            arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r+") for name in views}
+        for name, part in views.items():
+            mask = batch.view_mask.reshape(B, V, *[1] * (part.ndim - 2))
+            arrays[name][number * batch_size :][:B] = (part * mask).numpy()
+    if not batches:
+        processes.wait()
     for array in arrays.values():
-        array.flush()
-    (folder / "grid.json").write_text(json.dumps(features.grid))
+        array.flush()  # type: ignore[attr-defined]
 
 
 def fingerprint(encoder: Encoder) -> str:
@@ -86,6 +121,15 @@ def features_key(encoder: Encoder, images: StudyImages) -> str:
     return digest.hexdigest()[:24]
 
 
-def _mapped(path: Path) -> Tensor:
-    # Copy on write: a tensor must not be able to change the file.
-    return torch.from_numpy(np.load(path, mmap_mode="c"))
+def _kept(folder: Path) -> Features | None:
+    """What is kept, mapped into memory; None where there is nothing, or it is damaged."""
+
+    def mapped(name: str) -> Tensor:
+        # Copy on write: a tensor must not be able to change the file.
+        return torch.from_numpy(np.load(folder / name, mmap_mode="c"))
+
+    try:
+        grid = json.loads((folder / "grid.json").read_text())
+        return Features(mapped("tokens.npy"), tuple(grid) if grid else None, mapped("pooled.npy"))
+    except (OSError, ValueError, TypeError, EOFError):
+        return None

@@ -19,7 +19,7 @@ from medxray.encoders.adapt import Coloured, features_from, grid_of, stride_of, 
 from medxray.registry import nearest
 from medxray.types import Features, SpecError, WeightsError
 from medxray.weights import IMAGENET_MEAN, IMAGENET_STD, NOT_ENCODER, refuse
-from medxray.weights.architectures import config_of
+from medxray.weights.architectures import config_of, read_config, without_kernels
 from medxray.weights.families import to_hub
 from medxray.weights.writing import write_preprocessor
 
@@ -180,15 +180,17 @@ def _load(name: str) -> nn.Module:
         made = AutoModel.from_config(config_of(source, "encoder.model", path if path.is_dir() else None))
         return _vision(made, f"model {name!r}")
     try:
-        kind = AutoConfig.from_pretrained(source, trust_remote_code=False).model_type
+        kind = read_config(source).model_type
         # MAE's own class hides a random share of each image; its encoder is the plain ViT.
         reader = ViTModel if kind == "vit_mae" else AutoModel
         model, found = _read(reader, source, trust_remote_code=False, dtype=torch.float32)
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+    # A hub, a config and a model: each has errors of its own.
+    except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise WeightsError(
             f"encoder.model {name!r} could not be loaded: {reason} Give a folder with config.json and "
-            "model.safetensors, or connect to the network once and check the name on the Hugging Face hub"
+            "model.safetensors, of an architecture that transformers has, since a model's own code is never run; or connect to "
+            "the network once and check the name on the Hugging Face hub"
         ) from error
     if missing := sorted(found["missing_keys"]):
         raise WeightsError(
@@ -235,7 +237,7 @@ def _build(config: dict[str, Any], channels: int | None) -> nn.Module:
     if "num_channels" in names:
         config.setdefault("num_channels", channels or 1)
     try:
-        made = AutoConfig.for_model(kind, **config)
+        made = without_kernels(AutoConfig.for_model(kind, **config))
         try:
             model: nn.Module = AutoModel.from_config(made, add_pooling_layer=False)
         except TypeError:

@@ -30,7 +30,7 @@ from medxray.llm.decoding import decode
 from medxray.llm.prompts import CONTEXT, IMAGE, check_prompt, prompt_of
 from medxray.types import RunError, SpecError, WeightsError
 from medxray.weights import sha256
-from medxray.weights.architectures import config_of
+from medxray.weights.architectures import config_of, read_config, without_kernels
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -147,8 +147,21 @@ class CausalLM(ReportDecoder):
         from transformers import AutoTokenizer
 
         if self.tokenizer is None:
-            self.tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
-        expected = json.loads((folder / "references.json").read_text()) if (folder / "references.json").is_file() else {}
+            try:
+                self.tokenizer = AutoTokenizer.from_pretrained(
+                    folder / "tokenizer", trust_remote_code=False, local_files_only=True
+                )
+            # The tokenizers have errors of their own.
+            except Exception as error:
+                reason = (str(error).strip() or type(error).__name__).split("\n")[0]
+                raise RunError(
+                    f"tokenizer {folder / 'tokenizer'} cannot be read: {reason}; restore the folder, or fit again"
+                ) from error
+        path = folder / "references.json"
+        try:
+            expected = dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+        except (OSError, ValueError, TypeError) as error:
+            raise RunError(f"{path} cannot be read ({error}); restore it, or fit again") from error
         if self.source is not None and expected.get(self.source, self._hash) != self._hash:
             raise RunError(
                 f"decoder.model {self.source!r} is not the one that this run was fitted with: SHA-256 "
@@ -454,15 +467,18 @@ def load_pretrained(
         elif path is not None:
             digest = folder_hash(path)
         name = str(path) if path is not None else source
+        read_config(name, local_files_only=path is not None)
         llm = AutoModelForCausalLM.from_pretrained(
             name, dtype=dtype, trust_remote_code=False, local_files_only=path is not None, **smaller
         )
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False, local_files_only=path is not None)
-    except (OSError, ValueError, ImportError) as error:
-        reason = str(error).strip().split("\n")[0]
+    # A hub, a config, a model and a tokenizer: each has errors of its own.
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).split("\n")[0]
         raise WeightsError(
             f"decoder.model {source!r} cannot be loaded: {reason}; expected a Hugging Face name, a folder with "
-            "config.json and safetensors, a .gguf file, or an installed package that holds one"
+            "config.json and safetensors, a .gguf file, or an installed package that holds one, of an architecture that "
+            "transformers has, since a model's own code is never run"
         ) from error
     if not digest:
         digest = hashlib.sha256(f"{source}@{getattr(llm.config, '_commit_hash', '')}".encode()).hexdigest()
@@ -541,7 +557,7 @@ def _converted(path: Path, digest: str) -> Path:
 
     folder = cache_folder() / "gguf" / digest[:16]
     if not (folder / "config.json").is_file():
-        arguments = {"gguf_file": path.name, "local_files_only": True}
+        arguments = {"gguf_file": path.name, "local_files_only": True, "trust_remote_code": False}
         staged = folder.with_name(f"{folder.name}.{os.getpid()}")
         AutoTokenizer.from_pretrained(path.parent, **arguments).save_pretrained(staged)
         read = AutoModelForCausalLM.from_pretrained(path.parent, dtype=torch.float32, **arguments)
@@ -569,7 +585,7 @@ def _from_config(config: dict[str, Any], vocabulary: int, seed: int) -> nn.Modul
     if not isinstance(kind, str):
         raise ValueError("config needs model_type, such as llama or gpt2")
     try:
-        made = AutoConfig.for_model(kind, vocab_size=vocabulary, **settings)
+        made = without_kernels(AutoConfig.for_model(kind, vocab_size=vocabulary, **settings))
         # Special tokens as `learn_tokenizer` places them.
         made.pad_token_id, made.bos_token_id, made.eos_token_id = 0, 1, 2
         with torch.random.fork_rng(devices=[]):

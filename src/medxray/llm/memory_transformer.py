@@ -15,6 +15,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from medxray import disk
 from medxray.llm import Generated, ReportDecoder, StudyTexts
 from medxray.llm.decoding import Writer, decode
 from medxray.types import DataError, RunError, WeightsError
@@ -106,7 +107,7 @@ class MemoryTransformer(ReportDecoder):
         self._take(sorted({*words, UNKNOWN}))
 
     def save(self, folder: Path) -> None:
-        (folder / WORDS).write_text(json.dumps(self._ready(), ensure_ascii=False, indent=0), encoding="utf-8")
+        disk.write(folder / WORDS, json.dumps(self._ready(), ensure_ascii=False, indent=0))
 
     def restore(self, folder: Path) -> None:
         try:
@@ -351,6 +352,9 @@ class EncoderLayer(nn.Module):
 class DecoderLayer(nn.Module):
     """Self-attention, attention to the source, feed-forward, each after a norm that the memory conditions."""
 
+    # `source` is another way in than `forward`, where the weights of a block that is divided are gathered.
+    blocks_apart = False
+
     def __init__(self, width: int, hidden: int, heads: int, memory: int, dropout: float) -> None:
         super().__init__()
         self.attention = Attention(width, heads, dropout)
@@ -407,7 +411,8 @@ class RelationalMemory(nn.Module):
 
     def start(self, rows: int) -> Tensor:
         """(rows, slots, D): rows of the identity."""
-        eye = torch.eye(self.slots, self.width, device=self.gate_word.weight.device)
+        weight = self.gate_word.weight
+        eye = torch.eye(self.slots, self.width, device=weight.device, dtype=weight.dtype)
         return eye.expand(rows, -1, -1)
 
     def forward(self, words: Tensor, memory: Tensor | None = None) -> tuple[Tensor, Tensor]:

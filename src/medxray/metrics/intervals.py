@@ -10,6 +10,7 @@ import numpy as np
 from scipy.special import ndtr, ndtri, stdtr, stdtrit
 
 from medxray.metrics import Metric
+from medxray.progress import progress_bar
 from medxray.types import MedxrayError, Score
 
 _CHUNK = 2**22
@@ -45,13 +46,13 @@ def score(
     Raises:
         MedxrayError: no studies, or lists of different lengths.
     """
-    return seeds(metric, [predictions], references, groups, resamples, seed)
+    _check(metric, predictions=predictions, references=references, patient_ids=groups)
+    return seeds(metric, [metric.statistics(predictions, references)], groups, resamples, seed)
 
 
 def seeds(
     metric: Metric,
-    predictions: Sequence[Sequence[Any]],
-    references: Sequence[Any],
+    runs: Sequence[np.ndarray],
     groups: Sequence[str],
     resamples: int = 1000,
     seed: int = 0,
@@ -67,32 +68,14 @@ def seeds(
 
     Args:
         metric: what is computed.
-        predictions: a list a seed, each with one a study.
-        references, groups, resamples, seed: as for `score`.
+        runs: of each seed the statistics (n, S) of its studies, as `Metric.statistics` gives them.
+        groups, resamples, seed: as for `score`.
 
     Raises:
         MedxrayError: no seeds, no studies, or lists of different lengths.
     """
-    _checked(metric, groups, *predictions, references)
-    runs = [metric.statistics(made, references) for made in predictions]
-    return _scored(metric, runs, groups, resamples, seed)
-
-
-def score_statistics(
-    metric: Metric, statistics: np.ndarray, groups: Sequence[str], resamples: int = 1000, seed: int = 0
-) -> dict[str, Score]:
-    """`score` of studies whose statistics (n, S) are known, such as some of those of a data set.
-
-    Raises:
-        MedxrayError: no studies, or lists of different lengths.
-    """
-    _checked(metric, groups, list(statistics))
-    return _scored(metric, [statistics], groups, resamples, seed)
-
-
-def _scored(
-    metric: Metric, runs: Sequence[np.ndarray], groups: Sequence[str], resamples: int, seed: int
-) -> dict[str, Score]:
+    for run in runs:
+        _check(metric, statistics=run, patient_ids=groups)
     (values, drawn), patients = _drawn(metric, [runs], groups, resamples, seed)
     low, high = _interval(drawn[0], patients)
     n = len(groups)
@@ -136,14 +119,16 @@ def difference(
     Raises:
         MedxrayError: no studies, or lists of different lengths.
     """
-    return seeds_difference(metric, [predictions], [others], references, groups, resamples, seed)
+    for said in (predictions, others):
+        _check(metric, predictions=said, references=references, patient_ids=groups)
+    ours, theirs = ([metric.statistics(said, references)] for said in (predictions, others))
+    return seeds_difference(metric, ours, theirs, groups, resamples, seed)
 
 
 def seeds_difference(
     metric: Metric,
-    predictions: Sequence[Sequence[Any]],
-    others: Sequence[Sequence[Any]],
-    references: Sequence[Any],
+    runs: Sequence[np.ndarray],
+    others: Sequence[np.ndarray],
     groups: Sequence[str],
     resamples: int = 1000,
     seed: int = 0,
@@ -155,34 +140,28 @@ def seeds_difference(
 
     Args:
         metric: what is computed.
-        predictions, others: of two systems, a list a seed, each with one a study.
-        references, groups, resamples, seed: as for `score`.
+        runs, others: of two systems, as for `seeds`.
+        groups, resamples, seed: as for `score`.
 
     Raises:
         MedxrayError: a system without seeds, no studies, or lists of different lengths.
     """
-    n = _checked(metric, groups, *predictions, *others, references)
-    runs = [[metric.statistics(made, references) for made in system] for system in (predictions, others)]
-    (values, drawn), patients = _drawn(metric, runs, groups, resamples, seed)
+    for run in (*runs, *others):
+        _check(metric, statistics=run, patient_ids=groups)
+    (values, drawn), patients = _drawn(metric, [runs, others], groups, resamples, seed)
     apart = drawn[0] - drawn[1]
     low, high = _interval(apart, patients)
     found = {}
     for i, name in enumerate(metric.values):
         p = _p_value(apart[:, i], patients)
-        found[name] = Difference(float(values[0][i] - values[1][i]), float(low[i]), float(high[i]), n, p)
+        found[name] = Difference(float(values[0][i] - values[1][i]), float(low[i]), float(high[i]), len(groups), p)
     return found
 
 
-def _checked(metric: Metric, groups: Sequence[str], *lists: Sequence[Any]) -> int:
-    """How many studies there are."""
-    n = len(groups)
-    if not n or any(len(one) != n for one in lists):
-        raise MedxrayError(
-            f"{', '.join(metric.values)}: expected a prediction, a reference and a patient id for each of one or more "
-            f"studies; found {', '.join(str(len(one)) for one in lists[:-1])} predictions, {len(lists[-1])} references, "
-            f"{n} patient ids"
-        )
-    return n
+def _check(metric: Metric, **lists: Sequence[Any] | np.ndarray) -> None:
+    if len({len(one) for one in lists.values()}) > 1 or not all(map(len, lists.values())):
+        found = ", ".join(f"{len(one)} {name.replace('_', ' ')}" for name, one in lists.items())
+        raise MedxrayError(f"{', '.join(metric.values)}: expected one of each for each of one or more studies; found {found}")
 
 
 def _drawn(
@@ -202,8 +181,8 @@ def _drawn(
     found: list[list[list[np.ndarray]]] = [[[np.empty((0, len(metric.values)))] for _ in system] for system in runs]
     rng = np.random.default_rng(seed)
     chunk = max(1, _CHUNK // n)
-    for start in range(0, resamples if count > 1 else 0, chunk):
-        size = min(chunk, resamples - start)
+    sizes = [min(chunk, resamples - start) for start in range(0, resamples if count > 1 else 0, chunk)]
+    for size in progress_bar(sizes, desc="intervals", unit="part", delay=2, leave=False):
         drawn = rng.multinomial(count, np.full(count, 1 / count), size=size).astype(np.float64)[:, codes]
         for system, statistics in zip(found, runs, strict=True):
             for draws, rows in zip(system, statistics, strict=True):

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
-from tqdm.auto import tqdm
 
+from medxray.progress import progress_bar
 from medxray.types import WeightsError
 
 Read = TypeVar("Read")
@@ -57,7 +57,7 @@ def read_once(
         what: the name of the bar.
     """
     new = sorted(dict.fromkeys(text for text in texts if text not in known), key=len)
-    with tqdm(total=len(new), desc=what, unit="text", disable=None if len(new) > _MANY else True) as bar:
+    with progress_bar(total=len(new), desc=what, unit="text", disable=len(new) <= _MANY) as bar:
         for start in range(0, len(new), batch_size):
             batch = new[start : start + batch_size]
             known.update(zip(batch, read(batch), strict=True))

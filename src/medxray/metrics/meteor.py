@@ -16,6 +16,7 @@ from typing import IO
 import numpy as np
 
 from medxray.metrics import Metric
+from medxray.progress import progress_bar
 from medxray.types import MedxrayError
 
 ALPHA, BETA, GAMMA, DELTA = 0.85, 0.2, 0.6, 0.75
@@ -125,6 +126,7 @@ class _Program:
         sent = "".join(f"{line}\n" for line in lines).encode("utf-8", "replace")
         threading.Thread(target=_write, args=(self._process.stdin, sent), daemon=True).start()
         answers: list[str] = []
+        bar = progress_bar(desc="METEOR", total=len(lines), unit="text", delay=2, leave=False)
         try:
             while len(answers) < len(lines):
                 answer = self._answers.get(timeout=PATIENCE_S)
@@ -134,6 +136,7 @@ class _Program:
                         f"{self._last_words()}; it takes up to {HEAP}iB of memory: free some, or leave meteor out of the metrics"
                     )
                 answers.append(answer.decode().strip())
+                bar.update()
         except queue.Empty:
             self.end()
             raise MedxrayError(
@@ -144,6 +147,8 @@ class _Program:
             # Answers that are still to come would be taken for those of the next call.
             self.end()
             raise
+        finally:
+            bar.close()
         return answers
 
     def _last_words(self) -> str:

@@ -17,12 +17,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoModel, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from medxray.metrics import StudyMean
 from medxray.metrics.learned import device, folder_with, read_once
 from medxray.types import WeightsError
 from medxray.weights import load_into, load_state
+from medxray.weights.architectures import read_config
 
 _NAMED = (
     "which the archive's config.json names (microsoft/BiomedNLP-PubMedBERT-base-uncased-abstract-fulltext for RadGraph)"
@@ -334,7 +335,7 @@ def _load(folder: Path) -> _Annotator:
             "take RadGraph or RadGraph-XL"
         )
     try:
-        made = AutoConfig.from_pretrained(folder / "encoder", local_files_only=True, trust_remote_code=False)
+        made = read_config(folder / "encoder", local_files_only=True)
         tokenizer = AutoTokenizer.from_pretrained(folder / "encoder", local_files_only=True, trust_remote_code=False)
         network = _Network(made, widest, feature_size, hidden, len(kinds), len(relations))
     # A config, a tokenizer and a model: each has errors of its own.

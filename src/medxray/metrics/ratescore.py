@@ -14,6 +14,7 @@ from transformers import AutoModel, AutoModelForTokenClassification, AutoTokeniz
 from medxray.metrics import StudyMean
 from medxray.metrics.learned import device, folder_with, read_once
 from medxray.types import WeightsError
+from medxray.weights.architectures import read_config
 
 TAGGER, ENCODER = "RaTE-NER-Deberta", "BioLORD-2023-C"
 _SETTING = "metrics.ratescore.weights"
@@ -250,6 +251,7 @@ def _read(folder: Path, reader: Any) -> tuple[Any, Any]:
     """Tokenizer and model of a folder, every tensor of it but a pooler, which is not used."""
     options = {"local_files_only": True, "trust_remote_code": False}
     try:
+        read_config(folder, local_files_only=True)
         tokenizer = AutoTokenizer.from_pretrained(folder, **options)
         model, told = reader.from_pretrained(folder, dtype=torch.float32, output_loading_info=True, **options)
     # A config, a tokenizer and a model: each has errors of its own.

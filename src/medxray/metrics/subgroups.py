@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from medxray.metrics import Metric
-from medxray.metrics.intervals import score_statistics
+from medxray.metrics.intervals import seeds
 from medxray.types import Score
 
 LEAST = 20
@@ -54,7 +54,7 @@ def score_subgroups(
                 if len(rows) < LEAST:
                     own |= dict.fromkeys(metric.values, Score(np.nan, np.nan, np.nan, len(rows)))
                 else:
-                    own |= score_statistics(metric, whole[rows], [patients[row] for row in rows], resamples, seed)
+                    own |= seeds(metric, [whole[rows]], [patients[row] for row in rows], resamples, seed)
     return found
 
 

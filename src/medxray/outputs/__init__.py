@@ -4,7 +4,6 @@ import csv
 import dataclasses
 import io
 import json
-import os
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from medxray import disk
 from medxray.data import read_header, read_image
 from medxray.data.dicom_headers import Header
 from medxray.data.images import MAX_PIXELS
@@ -20,6 +20,7 @@ from medxray.registry import nearest
 from medxray.types import DataError, Prediction, RunError
 
 if TYPE_CHECKING:
+    import pyarrow as arrow
     from pydicom import Dataset
 
     from medxray.spec import DataSpec
@@ -31,6 +32,7 @@ CLINICAL = ("fhir", "dicom-sr")
 """Forms that have place for a report or probabilities alone."""
 
 _THUMBNAIL = 320
+_LONGEST = 56
 _STYLES = (
     "article{display:flex;flex-wrap:wrap;gap:12px 24px;padding:16px 20px;margin:0 0 16px}"
     "article h3{flex-basis:100%;margin:0}article div{flex:1 1 280px}article p{max-width:72ch;margin:0;white-space:pre-wrap}"
@@ -55,7 +57,8 @@ def as_text(answers: Sequence[Answer], format: str, model: str) -> str:
 
     Args:
         answers: one a study.
-        format: in CSV what is nested is JSON; FHIR is one DiagnosticReport, or a Bundle of several.
+        format: in CSV what is nested is JSON, and a text that a spreadsheet would take for a formula begins with an
+            apostrophe; FHIR is one DiagnosticReport, or a Bundle of several.
         model: name of the run, which FHIR tells.
 
     Raises:
@@ -69,7 +72,7 @@ def as_text(answers: Sequence[Answer], format: str, model: str) -> str:
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(field.name for field in dataclasses.fields(Prediction))
-        writer.writerows([v if isinstance(v, str) else json.dumps(v) for v in one.values()] for one in rows)
+        writer.writerows([_cell(v) if isinstance(v, str) else json.dumps(v) for v in one.values()] for one in rows)
         return text.getvalue()
     if format == "fhir":
         from medxray.outputs.fhir import bundle, diagnostic_report
@@ -151,11 +154,19 @@ def version() -> str:
     return metadata.version("medxray")
 
 
+def _cell(text: str) -> str:
+    """A text that ends no row, and that no spreadsheet runs."""
+    text = text.replace("\r\n", "\n").replace("\r", "\n")
+    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\n")) else text
+
+
 def _names(answers: Sequence[Answer], folder: Path) -> list[Path]:
     """A file for each study in a folder, by its name; those of the same name are numbered."""
     files: list[Path] = []
     for answer in answers:
-        stem = "".join(c if c.isalnum() or c in "-_." else "_" for c in answer.prediction.study_id).lstrip(".") or "study"
+        stem = "".join(c if c.isalnum() or c in "-_." else "_" for c in answer.prediction.study_id).lstrip(".")
+        # A name may have 255 bytes, a letter up to four.
+        stem = stem[:_LONGEST] or "study"
         file, number = folder / f"{stem}.dcm", 2
         while file in files:
             file, number = folder / f"{stem}-{number}.dcm", number + 1
@@ -163,9 +174,9 @@ def _names(answers: Sequence[Answer], folder: Path) -> list[Path]:
     return files
 
 
-def _parquet(answers: Sequence[Answer]) -> bytes:
+def table(predictions: Sequence[Prediction]) -> "arrow.Table":
+    """The columns of `row` as a table, of the same types for all tasks and any number of studies."""
     import pyarrow as arrow
-    from pyarrow import parquet
 
     def named(value: arrow.DataType) -> arrow.DataType:
         return arrow.map_(arrow.string(), value)
@@ -176,11 +187,17 @@ def _parquet(answers: Sequence[Answer]) -> bytes:
         "similarity": named(numbers), "log_probabilities": numbers, "tokens": arrow.list_(text),
     }  # fmt: skip
     rows = [
-        {key: list(value.items()) if isinstance(value, dict) else value for key, value in row(answer.prediction).items()}
-        for answer in answers
+        {key: list(value.items()) if isinstance(value, dict) else value for key, value in row(prediction).items()}
+        for prediction in predictions
     ]
+    return arrow.Table.from_pylist(rows, schema=arrow.schema(types))
+
+
+def _parquet(answers: Sequence[Answer]) -> bytes:
+    from pyarrow import parquet
+
     buffer = io.BytesIO()
-    parquet.write_table(arrow.Table.from_pylist(rows, schema=arrow.schema(types)), buffer)
+    parquet.write_table(table([answer.prediction for answer in answers]), buffer)
     return buffer.getvalue()
 
 
@@ -206,14 +223,10 @@ def _page(answers: Sequence[Answer], output: Path, model: str, data: "DataSpec")
 
 
 def _put(path: Path, content: bytes) -> None:
-    staged = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
+        with disk.replacing(path) as staged:
             staged.write_bytes(content)
-            staged.replace(path)
-        finally:
-            staged.unlink(missing_ok=True)
     except OSError as error:
         raise RunError(f"{path} cannot be written ({error.strerror}); name another place with --output") from None
 

@@ -1,11 +1,11 @@
 """The chest's region in every image of a data set: found once, kept beside the data, told where it came from."""
 
 import hashlib
+import io
 import json
 import os
 import string
 import time
-import uuid
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
@@ -17,13 +17,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
+from medxray import disk
 from medxray.cache import cache_folder
 from medxray.data import StudyImages
 from medxray.data.images import MAX_PIXELS, read_image
+from medxray.data.loading import loading
 from medxray.pretrain import SEGMENTERS, Region, Segmenter, SegmenterSettings, Source
-from medxray.types import ImageError, SpecError
+from medxray.progress import progress_bar
+from medxray.types import ImageError, RunError, SpecError
 
 SIDE = 64  # a region is kept as so many shares a side
 _DECODED = 128  # pixels that suffice to find it
@@ -183,10 +185,13 @@ class Contours:
             loader: Any = DataLoader(looked, batch_size=None, num_workers=min(workers, len(looked.names)))
             store = _Store(folder)
             try:
-                for entry, mask in tqdm(loader, "contours", len(looked.names), disable=not progress, unit="image"):
-                    if not entry.stamp and images.spec.on_error == "raise":
-                        raise ImageError(entry.reason)
-                    store.add(entry._replace(stamp=entry.stamp and stamps[entry.image]), mask)
+                with loading():
+                    for entry, mask in progress_bar(
+                        loader, desc="contours", total=len(looked.names), disable=not progress, unit="image"
+                    ):
+                        if not entry.stamp and images.spec.on_error == "raise":
+                            raise ImageError(entry.reason)
+                        store.add(entry._replace(stamp=entry.stamp and stamps[entry.image]), mask)
             finally:
                 store.flush()
             known |= store.places
@@ -341,16 +346,28 @@ class _Store:
     def flush(self) -> None:
         if not self._entries:
             return
-        path = self.folder / f"{uuid.uuid4().hex}.npy"
-        with path.open("wb") as masks:
-            np.save(masks, np.stack(self._masks))
-            os.fsync(masks.fileno())
         lines = "".join(json.dumps(entry._asdict(), ensure_ascii=False) + "\n" for entry in self._entries)
-        partial = path.with_suffix(".partial")
-        partial.write_text(lines, encoding="utf-8")
-        os.replace(partial, path.with_suffix(".jsonl"))
+        masks = np.stack(self._masks)
+        path = self.folder / f"{_name(lines, masks)}.npy"
+        try:
+            # Of a file NumPy does not tell what the system said.
+            content = io.BytesIO()
+            np.save(content, masks)
+            with disk.replacing(path) as staged:
+                staged.write_bytes(content.getbuffer())
+            disk.write(path.with_suffix(".jsonl"), lines)
+        except OSError as error:
+            raise RunError(
+                f"contours cannot be kept in {self.folder}: {error.strerror or error}; free some space, or name another folder "
+                "by MEDXRAY_CACHE. What was kept before is whole"
+            ) from error
         self.places |= {entry.image: (path, row, entry) for row, entry in enumerate(self._entries)}
         self._entries, self._masks, self._since = [], [], time.monotonic()
+
+
+def _name(lines: str, masks: NDArray[np.uint8]) -> str:
+    """Of files that hold these: what is read under another name is damaged."""
+    return hashlib.sha256(lines.encode() + np.ascontiguousarray(masks).tobytes()).hexdigest()[:32]
 
 
 def _load(folder: Path, jobs: Mapping[str, str], stamps: Mapping[str, str]) -> _Places:
@@ -359,9 +376,10 @@ def _load(folder: Path, jobs: Mapping[str, str], stamps: Mapping[str, str]) -> _
     for listed in sorted(folder.glob("*.jsonl")):
         path = listed.with_suffix(".npy")
         try:
-            entries = [_Entry(**json.loads(line)) for line in listed.read_text(encoding="utf-8").splitlines()]
-            whole = np.load(path, mmap_mode="r").shape == (len(entries), SIDE, SIDE)
-        except (OSError, ValueError, TypeError):
+            lines, masks = listed.read_text(encoding="utf-8"), np.load(path, mmap_mode="r")
+            entries = [_Entry(**json.loads(line)) for line in lines.splitlines()]
+            whole = masks.shape == (len(entries), SIDE, SIDE) and _name(lines, masks) == listed.stem
+        except (OSError, ValueError, TypeError, EOFError):
             continue
         for row, entry in enumerate(entries) if whole else ():
             if entry.image in jobs and entry.view == jobs[entry.image] and entry.stamp == stamps[entry.image]:

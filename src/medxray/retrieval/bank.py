@@ -1,8 +1,8 @@
 """Features of the training studies that may be context, with their names, labels and reports."""
 
+import hashlib
 import json
 import logging
-import os
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from medxray import disk
 from medxray.retrieval import Pool, Queries, Retriever, RetrieverSettings, pools
 from medxray.retrieval.search import ExactSearch, FaissSearch
 from medxray.types import Batch, Context, RunError, SpecError
@@ -304,17 +305,23 @@ def write_arrow(path: Path, table: Mapping[str, Any], features: Tensor, facts: M
 
     columns = {name: column(values) for name, values in table.items()}
     columns["features"] = column(features.detach().cpu().float().contiguous().numpy())
-    schema = arrow.schema([(name, values.type) for name, values in columns.items()], {"facts": json.dumps(dict(facts))})
+    told = dict(facts) | {"sha256": _sum(table, features)}
+    schema = arrow.schema([(name, values.type) for name, values in columns.items()], {"facts": json.dumps(told)})
     # One batch, so that the features are one piece of memory.
     batch = arrow.record_batch(list(columns.values()), schema=schema)
     path.parent.mkdir(parents=True, exist_ok=True)
-    staged = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with arrow.OSFile(str(staged), "wb") as file, arrow.ipc.new_file(file, schema) as writer:
-            writer.write_batch(batch)
-        staged.replace(path)
-    finally:
-        staged.unlink(missing_ok=True)
+    with disk.replacing(path) as staged, arrow.OSFile(str(staged), "wb") as file, arrow.ipc.new_file(file, schema) as writer:
+        writer.write_batch(batch)
+
+
+def _sum(table: Mapping[str, Any], features: Tensor) -> str:
+    """SHA-256 of columns by name and of features."""
+    digest = hashlib.sha256()
+    for name, values in sorted({**table, "features": features.detach().cpu().float()}.items()):
+        digest.update(name.encode())
+        numbers = isinstance(values, (np.ndarray, Tensor))
+        digest.update(np.ascontiguousarray(values).data if numbers else json.dumps(list(values)).encode())
+    return digest.hexdigest()
 
 
 def read_arrow(path: Path) -> tuple[dict[str, Any], Tensor, dict[str, Any]]:
@@ -335,13 +342,17 @@ def read_arrow(path: Path) -> tuple[dict[str, Any], Tensor, dict[str, Any]]:
     try:
         reader = arrow.ipc.open_file(arrow.memory_map(str(path)))
         batch = reader.get_batch(0)
+        # Wrong offsets would lead out of the file.
+        batch.validate(full=True)
         facts: dict[str, Any] = json.loads(reader.schema.metadata[b"facts"])
-    except (OSError, arrow.ArrowInvalid, KeyError, TypeError) as error:
+        columns = {name: batch.column(name) for name in batch.schema.names}
+        features = numbers(columns.pop("features"))
+        lists = {
+            name: numbers(values) if arrow.types.is_fixed_size_list(values.type) else values.to_pylist()
+            for name, values in columns.items()
+        }
+    except (OSError, arrow.ArrowException, KeyError, TypeError, ValueError, AttributeError) as error:
         raise RunError(f"bank {path} cannot be read: {error}; restore the file, or fit again") from error
-    columns = {name: batch.column(name) for name in batch.schema.names}
-    features = numbers(columns.pop("features"))
-    lists = {
-        name: numbers(values) if arrow.types.is_fixed_size_list(values.type) else values.to_pylist()
-        for name, values in columns.items()
-    }
+    if facts.pop("sha256", None) not in (None, _sum(lists, features)):
+        raise RunError(f"bank {path} is damaged: it is not what was written; restore the file, or fit again")
     return lists, features, facts

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from medxray import disk
 from medxray.types import SpecError
 
 BLOCK = 131072
@@ -58,7 +59,9 @@ class ExactSearch:
         norms = [block.float().norm(dim=1) for block in vectors.split(BLOCK)]
         self.scale = 1 / torch.cat([vectors.new_zeros(0), *norms]).clamp(min=EPSILON)
         self.rough: Tensor | None = None
-        if rough if rough is not None else len(vectors) >= ROUGH_FROM and _multiplies_bytes(vectors.device):
+        wanted = rough if rough is not None else len(vectors) >= ROUGH_FROM and _multiplies_bytes(vectors.device)
+        # Of vectors of one number torch's product of bytes is wrong.
+        if wanted and len(vectors) and vectors.shape[1] > 1:
             self._round()
 
     def _round(self) -> None:
@@ -235,8 +238,9 @@ class FaissSearch(ExactSearch):
         return found
 
     def save(self, file: Path) -> None:
-        """Writes the index."""
-        _faiss().write_index(self.index, str(file))
+        """Writes the index: the old file or the new one stays."""
+        with disk.replacing(file) as staged:
+            _faiss().write_index(self.index, str(staged))
 
 
 def _largest(

@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from medxray import disk
 from medxray.adapters import adapt, unadapted
 from medxray.data import Studies, StudyImages
 from medxray.data.transforms import height_width
@@ -110,7 +111,7 @@ class Task(nn.Module, ABC):
 
     def save_files(self, folder: Path) -> None:
         """Writes `state` and any files beside it into a run folder."""
-        (folder / "task.json").write_text(json.dumps(self.state(), indent=1), encoding="utf-8")
+        disk.write(folder / "task.json", json.dumps(self.state(), indent=1))
 
     def restore(self, folder: Path) -> None:
         """Reads what `save_files` wrote.
@@ -121,7 +122,10 @@ class Task(nn.Module, ABC):
         path = folder / "task.json"
         if not path.is_file():
             raise RunError(f"run folder {folder} has no task.json; fit it first, or name a folder that medxray saved")
-        self.load_state(json.loads(path.read_text(encoding="utf-8")))
+        try:
+            self.load_state(json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise RunError(f"{path} cannot be read ({error}); restore it, or fit again") from error
 
     def references(self) -> dict[str, str]:
         """Public weights that a run folder names instead of copying: name -> SHA-256."""
@@ -172,6 +176,10 @@ class Task(nn.Module, ABC):
 
     def before_step(self, step: int, steps_per_epoch: int) -> None:
         """Called before each optimiser step while fitting."""
+
+    def looks_before(self, step: int, steps_per_epoch: int) -> bool:
+        """Whether `before_step` runs the model, whose weights are then gathered where they are divided among processes."""
+        return False
 
     def logged(self) -> dict[str, float]:
         """What belongs in the log beside the loss since it was last asked."""

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from medxray import disk
 from medxray.data import StudyImages
 from medxray.data.transforms import height_width
 from medxray.encoders import Encoder, MaskableEncoder
@@ -88,7 +89,7 @@ class Pretrain(Task):
     def save_files(self, folder: Path) -> None:
         super().save_files(folder)
         if self._sources:
-            (folder / "regions.txt").write_text(report(self._sources, self._reasons) + "\n", encoding="utf-8")
+            disk.write(folder / "regions.txt", report(self._sources, self._reasons) + "\n")
 
     def before_step(self, step: int, steps_per_epoch: int) -> None:
         training = self.spec.training

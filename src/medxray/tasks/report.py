@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
+from medxray import processes
 from medxray.cache import cache_folder
 from medxray.data import Studies, StudyImages
 from medxray.data.seeds import seed_of
@@ -24,6 +25,7 @@ from medxray.llm import PROJECTORS, REPORT_DECODERS, StudyTexts
 from medxray.metrics.clinical import label_report
 from medxray.metrics.floors import Floor
 from medxray.metrics.text import best_constant
+from medxray.progress import progress_bar
 from medxray.registry import nearest
 from medxray.retrieval import RETRIEVERS, RetrieverSettings
 from medxray.retrieval.bank import FeatureBank, read_arrow, write_arrow
@@ -170,14 +172,19 @@ class Report(Task):
             self._build_once()
 
     def before_step(self, step: int, steps_per_epoch: int) -> None:
-        if self.bank is None or self.frozen_encoder:
-            return
-        settings = self.bank.settings
-        every = settings.refresh or max(1, round(settings.refresh_epochs * steps_per_epoch))
-        if step % every == 0:
+        if self.looks_before(step, steps_per_epoch):
             moved = self.refresh()
             if step:
-                self._staleness = {"bank_steps_old": every, "bank_moved": moved}
+                self._staleness = {"bank_steps_old": self._every(steps_per_epoch), "bank_moved": moved}
+
+    def looks_before(self, step: int, steps_per_epoch: int) -> bool:
+        return self.bank is not None and not self.frozen_encoder and step % self._every(steps_per_epoch) == 0
+
+    def _every(self, steps_per_epoch: int) -> int:
+        """Steps from one refresh of the bank to the next."""
+        assert self.bank is not None
+        settings = self.bank.settings
+        return settings.refresh or max(1, round(settings.refresh_epochs * steps_per_epoch))
 
     def logged(self) -> dict[str, float]:
         staleness, self._staleness = self._staleness, {}
@@ -191,18 +198,23 @@ class Report(Task):
 
     @torch.no_grad()
     def refresh(self) -> float:
-        """Computes the bank's features anew with the encoder as it is; returns how far they moved, as 1 - cosine."""
+        """Computes the bank's features anew with the encoder as it is, each process its part; returns how far they moved, as
+        1 - cosine."""
         assert self.bank is not None and self._context_images is not None
         training, started = self.training, time.perf_counter()
         self.eval()
         device = self.bank.features.device
         size = self.spec.training.batch_size
-        batches: Iterable[Batch] = self._context_batches or self._context_images.batches(size)
+        count = len(self._context_images)
+        own = processes.own_batches(range(count), size)
+        batches: Iterable[Batch] = self._context_batches or (self._context_images.of(rows) for _, rows in own)
         # A handful of images stays decoded between refreshes; a whole training set does not.
-        if len(self._context_images) <= 4 * size:
+        if count <= 4 * size:
             batches = self._context_batches = list(batches)
-        pooled = [self.study_features(batch.to(device)).pooled.float() for batch in batches]
-        moved = self.bank.update(torch.cat(pooled))
+        shown = progress_bar(batches, desc="context", total=len(own), unit="batch", delay=2, leave=False)
+        pooled = [self.study_features(batch.to(device)).pooled.float().cpu() for batch in shown]
+        made = [(number, features) for (number, _), features in zip(own, pooled, strict=True)]
+        moved = self.bank.update(torch.cat(processes.union(made, -(-count // size))))
         self.train(training)
         # A log without clocks cannot hold it.
         LOG.info("features of %d context studies in %.1f s", len(self._context_images), time.perf_counter() - started)
@@ -212,7 +224,8 @@ class Report(Task):
         """The bank of a frozen encoder whose training images are cropped, so that their features are not kept otherwise."""
         assert self.bank is not None and self._context_images is not None
         path = cache_folder() / "banks" / f"{features_key(self.encoder, self._context_images)}.arrow"
-        if not path.is_file():
+        # A machine that has the file helps one that has not.
+        if any(processes.union([(processes.rank(), not path.is_file())], processes.world())):
             self.refresh()
             write_arrow(path, {"study_id": self.bank.study_ids}, self.bank.features, {})
         self.bank.update(read_arrow(path)[1], fingerprint(self.encoder))

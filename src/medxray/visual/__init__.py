@@ -24,7 +24,7 @@ class ContextCard:
     similarity: float | None = None
 
 
-@dataclass
+@dataclass(repr=False)
 class StudyCard:
     """One study as the page shows it; what is empty is left out.
 
@@ -56,3 +56,12 @@ class StudyCard:
     attention: list[np.ndarray] = field(default_factory=list)
     pointed: list[int] = field(default_factory=list)
     remark: str = ""
+
+    def _repr_html_(self) -> str:
+        """For a notebook: as a page shows it; point at a word to see where it looked."""
+        from medxray.visual.study_list import card_of
+
+        return card_of(self)
+
+    def __repr__(self) -> str:
+        return f"StudyCard({self.study_id}: {', '.join(self.captions)})"

@@ -17,12 +17,22 @@ _WIDTH, _HEIGHT = 400, 230
 _LEFT, _RIGHT, _TOP, _BOTTOM = 54, 14, 14, 40
 _MOST_POINTS = 240
 _CHART_STYLE = (
-    "svg{font:13px system-ui,-apple-system,'Segoe UI',Roboto,sans-serif;background:#fff}"
-    "text{fill:#1c1b19}.soft{fill:#66635c;font-size:12px}.head{font-weight:600}"
-    ".grid{stroke:#e4e1d9}.least{stroke:#a8501a;stroke-dasharray:3 3}"
-    ".model{stroke:#1d5c86;fill:#1d5c86}.floor{stroke:#a8501a;fill:#fff}"
+    ".intervals{font:13px system-ui,-apple-system,'Segoe UI',Roboto,sans-serif;background:#fff}"
+    ".intervals text{fill:#1c1b19}.intervals .soft{fill:#66635c;font-size:12px}.intervals .head{font-weight:600}"
+    ".intervals .grid{stroke:#e4e1d9}.intervals .least{stroke:#a8501a;stroke-dasharray:3 3}"
+    ".intervals .model{stroke:#1d5c86;fill:#1d5c86}.intervals .floor{stroke:#a8501a;fill:#fff}"
 )
 _NOT_DRAWN = ("runtime", "per_second", "flos", "epoch", "num_tokens", "memory")
+
+
+class Svg(str):
+    """A picture of its own, as text; a notebook shows it."""
+
+    def _repr_svg_(self) -> str:
+        return str(self)
+
+    def __repr__(self) -> str:
+        return f"Svg({len(self):,} characters)"
 
 
 @dataclass
@@ -186,7 +196,7 @@ def training_curves(log: Sequence[Mapping[str, Any]]) -> list[str]:
     return charts
 
 
-def interval_chart(rows: Mapping[str, Mapping[str, Score]], metrics: Sequence[str], floors: Sequence[str] = ()) -> str:
+def interval_chart(rows: Mapping[str, Mapping[str, Score]], metrics: Sequence[str], floors: Sequence[str] = ()) -> Svg:
     """A picture of its own: a line a row and a panel a metric, each value a dot on its interval.
 
     Args:
@@ -238,8 +248,8 @@ def interval_chart(rows: Mapping[str, Mapping[str, Score]], metrics: Sequence[st
                 f'<circle cx="{x(score.value):.1f}" cy="{y}" r="4" stroke-width="1.6"/></g>'
             )
     size = f'width="{width:.0f}" height="{height}" viewBox="0 0 {width:.0f} {height}"'
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" {size} role="img"><style>{_CHART_STYLE}</style>'
+    return Svg(
+        f'<svg xmlns="http://www.w3.org/2000/svg" class="intervals" {size} role="img"><style>{_CHART_STYLE}</style>'
         f'<rect width="100%" height="100%" fill="#fff"/>{"".join(drawn)}</svg>\n'
     )
 

@@ -276,7 +276,7 @@ def _group(found: Inspection, group: Copies) -> str:
         picture = image_tag(found.pictures[name].astype(np.float32) / 255, PICTURE, name)
         figures += (
             f'<figure title="{escape(name)}">{picture}<figcaption><b>{escape(group.splits[i])}</b> '
-            f"{escape(group.studies[i])} {group.views[i]}<br><i>{same or 'the first'}</i><br>"
+            f"{escape(group.studies[i])} {escape(group.views[i])}<br><i>{escape(same) or 'the first'}</i><br>"
             f"<small>{escape(name)}</small></figcaption></figure>"
         )
     more = len(group.images) - OF_A_GROUP

@@ -1,6 +1,5 @@
 """Pictures of studies in rows and of what a model makes of them in columns, as one image."""
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -12,6 +11,8 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torch.nn import functional as F
+
+from medxray import disk
 
 Picture = NDArray[np.float32]
 """(H, W) gray or (H, W, 3) RGB, float32 in [0, 1]."""
@@ -96,12 +97,8 @@ def save(sheet: Image.Image, path: Path) -> Path:
         OSError: it cannot be written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    staged = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    with disk.replacing(path) as staged:
         sheet.save(staged, "PNG")
-        staged.replace(path)
-    finally:
-        staged.unlink(missing_ok=True)
     return path
 
 

@@ -4,7 +4,6 @@ import base64
 import hashlib
 import io
 import os
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from html import escape
@@ -14,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from medxray import disk
 from medxray.types import MedxrayError, RunError
 
 TABLE = '<div class="scroll"><table><thead><tr><th></th>{head}</tr></thead><tbody>{body}</tbody></table></div>'
@@ -44,8 +44,10 @@ def write_page(
         RunError: the file cannot be written.
     """
     kept = {name: body for name, body in sections.items() if body}
-    links = "".join(f'<a href="#{_anchor(name)}">{name}</a>' for name in kept)
-    body = "".join(f'<section id="{_anchor(name)}"><h2>{name}</h2>{content}</section>' for name, content in kept.items())
+    links = "".join(f'<a href="#{_anchor(name)}">{escape(name)}</a>' for name in kept)
+    body = "".join(
+        f'<section id="{_anchor(name)}"><h2>{escape(name)}</h2>{content}</section>' for name, content in kept.items()
+    )
     runs = f"; script-src '{_hash(script)}'" if script else ""
     start = (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
@@ -64,6 +66,19 @@ def write_page(
 def style(name: str) -> str:
     """A style sheet of this room."""
     return resources.files("medxray.visual").joinpath(name).read_text(encoding="utf-8")
+
+
+def fragment(html: str, styles: str = "") -> str:
+    """A part of a page with the style of all pages, which reaches nothing outside of it: for a notebook.
+
+    Args:
+        html: the part.
+        styles: rules beside those of all pages.
+    """
+    # Rules inside of a rule are of its element alone (CSS nesting).
+    rules = style("report_page.css").replace(":root", "&").replace("16px/1.5", "14px/1.5")
+    own = ".open{display:none} &{padding:12px 16px;border-radius:6px} .picture{cursor:auto} .picture>img{min-width:200px}"
+    return f'<div class="medxray"><style>.medxray{{{rules}{own}{styles}}}</style>{html}</div>'
 
 
 def image_tag(image: np.ndarray, largest: int, description: str, quality: int | None = None) -> str:
@@ -116,7 +131,7 @@ def writing(path: str | os.PathLike[str]) -> Iterator[None]:
 
 
 def _anchor(name: str) -> str:
-    return name.lower().replace(" ", "-")
+    return escape(name.lower().replace(" ", "-"))
 
 
 def _hash(script: str) -> str:
@@ -124,20 +139,7 @@ def _hash(script: str) -> str:
 
 
 def _write(path: Path, start: str, data: Iterable[str], end: str) -> None:
-    temporary = ""
-    try:
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        with open(descriptor, "w", encoding="utf-8", errors="replace") as file:
-            file.write(start)
-            file.writelines(data)
-            file.write(end)
-            file.flush()
-            os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
-        os.replace(temporary, path)
-    except BaseException:
-        if temporary:
-            Path(temporary).unlink(missing_ok=True)
-        raise
+    with disk.replacing(path) as staged, staged.open("w", encoding="utf-8", errors="replace") as file:
+        file.write(start)
+        file.writelines(data)
+        file.write(end)

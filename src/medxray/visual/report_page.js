@@ -6,6 +6,8 @@
   const field = tools.elements;
   const searched = index.ids.map((id, i) => `${id}\n${index.texts[i].join("\n")}`.toLowerCase());
   let shown = index.ids.map((_, i) => i);
+  // The name of a file may hold halves of letters, which no address takes.
+  const address = i => `#study=${encodeURIComponent(index.ids[i].toWellFormed())}`;
   let current = -1, descending = false, range = null, waiting = 0;
 
   // The list: an empty article a study, filled while it is near the view.
@@ -174,7 +176,7 @@
     opened.setAttribute("aria-label", `Study ${index.ids[i]}`);
     opened.querySelector("form").scrollTop = 0;
     if (!opened.open) opened.showModal();
-    history.replaceState(null, "", `#study=${encodeURIComponent(index.ids[i])}`);
+    history.replaceState(null, "", address(i));
   }
 
   opened.addEventListener("close", () => {
@@ -263,7 +265,7 @@
   // A card that is gone to stops below the tools, whichever of them there are.
   new ResizeObserver(() => feed.style.setProperty("--tools", `${tools.offsetHeight}px`)).observe(tools);
   update();
-  const wanted = index.ids.findIndex(id => location.hash === `#study=${encodeURIComponent(id)}`);
+  const wanted = index.ids.findIndex((_, i) => location.hash === address(i));
   if (wanted >= 0) {
     select(wanted);
     enlarge(wanted);

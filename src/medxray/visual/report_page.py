@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm.auto import tqdm
 
+from medxray.progress import progress_bar
 from medxray.types import Score, Scores
 from medxray.visual import StudyCard
 from medxray.visual.charts import histogram, interval_strip, lower_is_better, number, training_curves
@@ -69,7 +69,7 @@ def report_page(
             folder = Path(path).parent
             blocks = stack.enter_context(tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace", dir=folder))
         listed = StudyList(blocks, values or {}, count)
-        for study in tqdm(studies, total=count, desc="page", unit="study", disable=not progress):
+        for study in progress_bar(studies, total=count, desc="page", unit="study", disable=not progress):
             with writing(path):
                 listed.add(study)
         curves = training_curves(log)

@@ -1,7 +1,9 @@
 """The list of all studies of a page: cards and images as blocks of text, which a script shows while they are in view."""
 
+import io
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from html import escape
 from itertools import groupby
@@ -14,7 +16,7 @@ from medxray.visual import ContextCard, StudyCard
 from medxray.visual.agreement import Sentence, compare_reports
 from medxray.visual.attention import ACROSS, EDGE, heat_sheet
 from medxray.visual.charts import bar, lower_is_better, number
-from medxray.visual.page import encoded, image_tag
+from medxray.visual.page import encoded, fragment, image_tag
 
 LARGEST = ((600, 512), (1500, 384), (4000, 256), (math.inf, 160))
 """Longest side in pixels of images of lists of at most so many studies, by which a page stays below some 60 MB."""
@@ -229,6 +231,21 @@ class StudyList:
         if "similarity" in self._shown:
             lines.append("Beneath a context image: how near it is, the cosine of its features with those of the study.")
         return "".join(f'<p class="quiet legends">{line}</p>' for line in lines)
+
+
+def card_of(study: StudyCard) -> str:
+    """One study as a list shows it, with its context's images and reports in their places: an element, without a script."""
+    blocks = io.StringIO()
+    listed = StudyList(blocks, {}, 1)
+    listed.add(study)
+    written = dict(re.findall(r'<script type="text/html" id="(\w+)">(.*?)</script>\n', blocks.getvalue(), flags=re.DOTALL))
+
+    def filled(place: re.Match[str]) -> str:
+        return f"<{place[1]}>{written.get(place[2], place[3])}</{place[1]}>"
+
+    card = re.sub(r'<(div|span) data-block="(\w+)">(.*?)</\1>', filled, written["s0"])
+    # Without a form of its own, a card's choice of words would be that of another card with as many.
+    return fragment(f"<form><article>{card}</article></form>", choices(listed.words))
 
 
 def choices(words: int) -> str:

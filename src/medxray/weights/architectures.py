@@ -1,6 +1,7 @@
 """What public models are made of, for those that packaged specs name: so that they can be shown, and built without
 memory, where their weights are not. The numbers are those of the config.json beside each model's weights."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,46 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 """Name on the Hugging Face hub -> settings of a transformers configuration."""
 
 
+INDICES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+"""Which file holds which tensor of a model in several."""
+
+
+def read_config(source: str | Path, **options: Any) -> Any:
+    """The transformers configuration of a model, once nothing in it leads to code or out of its folder.
+
+    Args:
+        source: a folder, or a name on the hub.
+        options: of `AutoConfig.from_pretrained`.
+
+    Raises:
+        OSError, ValueError: transformers cannot read it, or has no such architecture; it asks for an attention kernel of the
+            hub, which is a program; or a part of the weights lies outside of the folder.
+    """
+    from transformers import AutoConfig
+
+    for index in (Path(source) / name for name in INDICES):
+        parts = json.loads(index.read_text(encoding="utf-8"))["weight_map"] if index.is_file() else {}
+        for part in parts.values():
+            if Path(part).name != part:
+                raise ValueError(f"{index} names {part!r}, which lies outside of the folder; put it inside and mend the index")
+    return without_kernels(AutoConfig.from_pretrained(source, trust_remote_code=False, **options))
+
+
+def without_kernels(config: Any) -> Any:
+    """A transformers configuration as it is.
+
+    Raises:
+        ValueError: it asks for an attention kernel of the hub.
+    """
+    configs = [config]
+    for one in configs:
+        kernel = one._attn_implementation or ""
+        if "/" in kernel:
+            raise ValueError(f"attn_implementation asks for {kernel!r}, a program of the hub, which is never run; remove it")
+        configs += [part for name in one.sub_configs if (part := getattr(one, name, None)) is not None]
+    return config
+
+
 def config_of(source: str, setting: str, path: Path | None = None) -> Any:
     """The transformers configuration of a model, from its folder, the hub's cache on this machine, `ARCHITECTURES`, or the
     hub.
@@ -60,14 +101,14 @@ def config_of(source: str, setting: str, path: Path | None = None) -> Any:
 
     try:
         if path is not None and path.suffix == ".gguf":
-            return AutoConfig.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
+            return read_config(path.parent, gguf_file=path.name, local_files_only=True)
         if path is not None:
-            return AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+            return read_config(path, local_files_only=True)
         try:
-            return AutoConfig.from_pretrained(source, trust_remote_code=False, local_files_only=True)
+            return read_config(source, local_files_only=True)
         except OSError:
             if source not in ARCHITECTURES:
-                return AutoConfig.from_pretrained(source, trust_remote_code=False)
+                return read_config(source)
         return AutoConfig.for_model(**ARCHITECTURES[source])
     except (OSError, ValueError, KeyError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -17,8 +17,6 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from tqdm import tqdm
-
 from medxray.cache import cache_folder
 from medxray.data.attributes import agreed, manufacturer_of, sex_of
 from medxray.data.dicom_headers import HEADER, Header, StructuredReport, class_name, structured_report
@@ -27,6 +25,7 @@ from medxray.data.readers import Reader, frontal_first, split_of
 from medxray.data.readers.csv import NOT_LABELS, SPLITS, VALUES, Table, labels_of_tags, read_table
 from medxray.data.readers.reports import Part, chosen
 from medxray.data.text import sections
+from medxray.progress import progress_bar
 from medxray.types import DataError, ImageError, Study
 
 IMAGE, REPORT, NO_DICOM = "image", "report", "no DICOM file"
@@ -376,7 +375,7 @@ class DicomFolder(Reader):
 
             def read(paths: Sequence[str], what: str) -> None:
                 found = pool.map(lambda path: self._header(path, stamps[path], names), paths)
-                bar: Any = tqdm(found, what, len(paths), unit="file", disable=None if len(paths) > _MANY else True)
+                bar = progress_bar(found, desc=what, total=len(paths), unit="file", disable=len(paths) <= _MANY)
                 fresh.update(zip(paths, bar, strict=True))
 
             read(new, "headers")
@@ -557,7 +556,7 @@ class DicomFolder(Reader):
         with warnings.catch_warnings(), ThreadPoolExecutor(_THREADS) as pool:
             warnings.simplefilter("ignore")
             read_all = pool.map(read, owners)
-            bar: Any = tqdm(read_all, "reports", len(owners), unit="file", disable=None if len(owners) > _MANY else True)
+            bar = progress_bar(read_all, desc="reports", total=len(owners), unit="file", disable=len(owners) <= _MANY)
             for (path, study), one in zip(owners.items(), bar, strict=True):
                 if isinstance(one, str):
                     name = tree.documents[path].stamp

@@ -277,7 +277,10 @@ class HuggingFace(Parquet):
         for split, part in parts.items():
             if not len(part):
                 continue
-            self._prepared[split] = [str(file["filename"]) for file in part.cache_files]
+            files = [str(file["filename"]) for file in part.cache_files]
+            for file in files:
+                Reader.inside(self, os.path.abspath(file), f"{self.root}: split {split!r}")
+            self._prepared[split] = files
             self._metadata[split] = part.features.arrow_schema.metadata or {}
         if not self._prepared:
             raise DataError(

@@ -247,7 +247,8 @@ def _parsed(reports: Path) -> Iterator[tuple[str, ElementTree.Element]]:
     try:
         with tarfile.open(reports, "r:gz") as tar:
             for member in tar:
-                file = tar.extractfile(member) if member.name.endswith(".xml") else None
+                # A link may lead nowhere.
+                file = tar.extractfile(member) if member.isreg() and member.name.endswith(".xml") else None
                 if file is not None:
                     where = f"{reports}: {member.name}"
                     yield where, _parse(file.read(), where)

@@ -9,13 +9,12 @@ from itertools import islice
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from tqdm import tqdm
-
 from medxray.data.readers import Reader, frontal_first, read_text, split_of, view_of
 from medxray.data.readers.chexpert import SUFFIXES, labels_of
 from medxray.data.readers.csv import SPLITS, Table, read_table
 from medxray.data.readers.reports import Part, chosen, read_annotation, studies_before
 from medxray.data.text import sections
+from medxray.progress import progress_bar
 from medxray.types import DataError, Study
 
 VERSIONS = ("2.0.0", "2.1.0")
@@ -383,7 +382,7 @@ def _read_texts(read: Callable[[str, str], str | None], patients: Mapping[str, s
     # Threads wait for the files; sections are found meanwhile.
     with (
         ThreadPoolExecutor(8) as pool,
-        tqdm(None, "reports", len(studies), disable=len(studies) < _MANY, unit="report") as bar,
+        progress_bar(desc="reports", total=len(studies), disable=len(studies) < _MANY, unit="report") as bar,
     ):
         for start, texts in zip(starts, pool.map(batch, starts), strict=True):
             for study, text in zip(studies[start:], texts, strict=False):
@@ -401,7 +400,9 @@ def _read_texts(read: Callable[[str, str], str | None], patients: Mapping[str, s
 
 def _from_folder(folder: Path, patient: str, study: str) -> str | None:
     path = folder / f"p{patient[:2]}" / f"p{patient}" / f"s{study}.txt"
-    return read_text(path) if path.is_file() else None
+    # The name of a patient or study is no way out of the folder.
+    plain = not set("/\\\0") & {*patient, *study}
+    return read_text(path) if plain and path.is_file() else None
 
 
 def _from_archive(
