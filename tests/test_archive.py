@@ -19,6 +19,7 @@ import pyarrow as arrow
 import pytest
 import torch
 from pyarrow import parquet
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import medxray
@@ -262,10 +263,9 @@ def test_runs_and_archives_do_not_mix(
     other = shutil.copytree(pipeline.folder, tmp_path / "run")
     fitted = medxray.load(other)
     predict(fitted, source, out)
-    tensors = bytearray((other / "model.safetensors").read_bytes())
-    tensors[-1] ^= 1
-    (other / "model.safetensors").write_bytes(tensors)
-    with pytest.raises(RunError, match=r'another run: model.safetensors was ".*" and is ".*--output'):
+    tensors = load_file(other / "model.safetensors")
+    save_file({name: tensor + 1 for name, tensor in tensors.items()}, other / "model.safetensors")
+    with pytest.raises(RunError, match=r'another run: model.safetensors was ".* and is ".*--output'):
         predict(medxray.load(other), source, out)
     assert contents(out) == before
     (tmp_path / "full").mkdir()

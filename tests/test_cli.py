@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -393,7 +394,9 @@ def test_a_full_machine_is_told_in_one_line(error: Exception, run: Run, spec: Pa
 
 def test_an_interrupt_is_one_line(spec: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "medxray.cli", "fit", str(spec), "training.steps=100000", f"output={tmp_path / 'run'}"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    # What a shell starts in the background ignores the signal, and so would what that starts.
+    heard = partial(signal.signal, signal.SIGINT, signal.default_int_handler)
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, preexec_fn=heard)
     while not (tmp_path / "run" / "log.jsonl").is_file():
         assert process.poll() is None, process.communicate()
         time.sleep(0.1)

@@ -170,7 +170,7 @@ def test_a_run_without_java_is_scored_by_the_rest(monkeypatch, tmp_path, phantom
     scores = medxray.build(spec).fit(progress=False).evaluate("val", progress=False)
     assert list(scores) == list(Bleu.values) and all(list(row) == list(scores) for row in scores.comparisons.values())
     assert any(note.startswith("meteor left out: it needs Java") for note in scores.notes)
-    assert any(line.startswith("METEOR: it needs Java") for line in diagnose())
+    assert any(check.name == "METEOR" and check.found.startswith("it needs Java") for check in diagnose())
 
 
 def test_java_that_does_not_run(java, tmp_path):
