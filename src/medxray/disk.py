@@ -36,7 +36,8 @@ def replacing(path: Path) -> Iterator[Path]:
         flush(staged)
         staged.replace(path)
     finally:
-        staged.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            staged.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -184,10 +185,11 @@ def held(folder: Path, doing: str) -> Iterator[None]:
         try:
             yield
         finally:
-            path.unlink(missing_ok=True)
-            if new:
-                # Where nothing came of it nothing is left.
-                with contextlib.suppress(OSError):
+            # What went wrong before is told, not that this cannot be removed either.
+            with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True)
+                if new:
+                    # Where nothing came of it nothing is left.
                     folder.rmdir()
 
 

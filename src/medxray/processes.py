@@ -5,6 +5,7 @@ import contextlib
 import os
 import socket
 from collections.abc import Callable, Iterator, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -136,6 +137,8 @@ def _lost() -> list[str]:
     # Where the lost process held the store, nobody can leave a word.
     with contextlib.suppress(RuntimeError):
         store.set(left.format(rank()), "")
+    if rank() == 0:
+        _hear(store, [left.format(number) for number, peer in enumerate(_peers) if number and _runs(peer.pid)])
     gone = []
     for number, peer in enumerate(_peers):
         if peer.host != socket.gethostname() or _runs(peer.pid):
@@ -145,6 +148,14 @@ def _lost() -> list[str]:
                 continue
         gone.append(f"process {number} (pid {peer.pid} on {peer.host})")
     return gone
+
+
+def _hear(store: Any, words: Sequence[str]) -> None:
+    """The first process, whose end is that of the store, lets the others end and waits for what they leave there."""
+    with contextlib.suppress(RuntimeError):
+        distributed.destroy_process_group()
+    with contextlib.suppress(RuntimeError):
+        store.wait(list(words), timedelta(seconds=10))
 
 
 def _runs(pid: int) -> bool:

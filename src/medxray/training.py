@@ -35,7 +35,7 @@ from transformers.utils import logging as transformers_logging
 from medxray import disk, processes
 from medxray.data import StudyImages, seed_of
 from medxray.data.images import in_words
-from medxray.data.loading import is_out_of_memory, loading
+from medxray.data.loading import end_unanswered, is_out_of_memory, loading
 from medxray.data.readers import Locality
 from medxray.layers import MLP
 from medxray.progress import progress_bar
@@ -460,6 +460,7 @@ class Fitter(Trainer):
             collate_fn=_Collate(self.images),
             num_workers=self.args.dataloader_num_workers,
             pin_memory=self.args.dataloader_pin_memory,
+            worker_init_fn=end_unanswered,
         )
 
     def num_examples(self, dataloader: DataLoader[Any]) -> int:
@@ -1064,9 +1065,11 @@ def _disk(path: Path) -> Iterator[None]:
         yield
     except (OSError, RuntimeError) as error:
         reason = getattr(error, "strerror", None) or in_words(error)
-        # torch does not tell what the system said.
-        if isinstance(error, RuntimeError) and not re.search("write|PytorchStreamWriter|inline_container", reason):
-            raise
+        if isinstance(error, RuntimeError):
+            if not re.search("write|PytorchStreamWriter|inline_container", reason):
+                raise
+            # torch does not tell what the system said.
+            reason = f"{reason} ({shutil.disk_usage(path.parent).free / 2**20:,.1f} MiB are free)"
         raise RunError(
             f"{path} could not be written: {reason}; what was saved before is whole. "
             "Free some space or name another folder with output=..., then fit again to go on"

@@ -3,7 +3,6 @@ of disk, without rights to write, out of memory."""
 
 import contextlib
 import gc
-import io
 import os
 import pickle
 import resource
@@ -49,7 +48,6 @@ def attempt(
     kill_at: int | None = None,
     largest: int | None = None,
     kill_when_full: bool = False,
-    memory: int | None = None,
     within: float = 120,
     meanwhile: Callable[[int], None] | None = None,
 ) -> Ended:
@@ -60,7 +58,6 @@ def attempt(
         kill_at: SIGKILL takes the place of the operation of that number, from 0 on.
         largest: bytes of a file; a write goes up to there, and the next one fails as on a full disk (EFBIG).
         kill_when_full: that write kills (SIGXFSZ), so that the file stays half written.
-        memory: bytes of address space more than there are already.
         within: seconds, after which the child hangs.
         meanwhile: called with the child's number, once it runs.
     """
@@ -69,7 +66,7 @@ def attempt(
     child = os.fork()
     if child == 0:
         os.close(receive)
-        _child(work, send, below, kill_at, largest, kill_when_full, memory)
+        _child(work, send, below, kill_at, largest, kill_when_full)
     os.close(send)
     if meanwhile is not None:
         meanwhile(child)
@@ -99,7 +96,6 @@ def _child(
     kill_at: int | None,
     largest: int | None,
     kill_when_full: bool,
-    memory: int | None,
 ) -> None:
     operations, counting = 0, True
 
@@ -128,9 +124,6 @@ def _child(
             # Python ignores the signal, so that a write fails.
             signal.signal(signal.SIGXFSZ, signal.SIG_DFL if kill_when_full else signal.SIG_IGN)
             resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest))
-        if memory is not None:
-            own = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-            resource.setrlimit(resource.RLIMIT_AS, (own + memory, own + memory))
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             try:
@@ -191,7 +184,9 @@ def small_disk(tmp_path: Path) -> Iterator[Callable[..., Path]]:
         pytest.skip("this system has no mount")
     yield mount
     for where in dict.fromkeys(mounted):
-        subprocess.run(["umount", "-l", str(where)], check=True)
+        # A test may have mounted more upon it.
+        while os.path.ismount(where):
+            subprocess.run(["umount", "-l", str(where)], check=True)
 
 
 @pytest.fixture(scope="session")
@@ -238,23 +233,34 @@ def same_as(unbroken: Pipeline) -> Callable[[Path], bool]:
 
 
 @pytest.fixture
-def large(phantom: Path, tmp_path: Path) -> Path:
-    """A data set whose images take megabytes when they are read."""
+def large(phantom: Path, tmp_path: Path) -> tuple[Path, str]:
+    """A data set one of whose images takes 125 MB when it is read, and that image."""
     from PIL import Image
 
     root = tmp_path / "large"
     shutil.copytree(phantom, root)
-    ramp = np.linspace(0, 255, 1500).astype(np.uint8)
-    image = io.BytesIO()
-    Image.fromarray(np.broadcast_to(ramp, (1500, 1500)).copy()).save(image, "PNG")
-    for path in (root / "images").iterdir():
-        path.write_bytes(image.getvalue())
-    return root
+    name = "images/S000003_PA.png"
+    assert (root / name).is_file()
+    Image.fromarray(np.eye(5000, dtype=np.uint8)).save(root / name, compress_level=1)
+    return root, name
+
+
+def limit(more: int) -> None:
+    """Leaves this process so many bytes of address space beside what it has."""
+    own = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (own + more, own + more))
+
+
+@pytest.fixture(scope="session")
+def memory() -> Callable[[int], None]:
+    """`limit`."""
+    return limit
 
 
 @pytest.fixture
 def leased() -> Iterator[Callable[..., Any]]:
-    """Lets nobody open a file for some seconds, as a file server that is gone: the kernel keeps each open waiting."""
+    """Keeps whoever opens a file waiting for some seconds, as a file server that is gone: the kernel asks the holder of a lease
+    first."""
     import fcntl
 
     children: list[int] = []
@@ -264,13 +270,14 @@ def leased() -> Iterator[Callable[..., Any]]:
         child = os.fork()
         if child == 0:
             try:
-                signal.signal(signal.SIGIO, lambda *_: None)
+                asked: list[int] = []
+                signal.signal(signal.SIGIO, lambda number, _: asked.append(number))
                 file = os.open(path, os.O_RDWR)
                 fcntl.fcntl(file, fcntl.F_SETLEASE, fcntl.F_WRLCK)
                 os.write(told, b"x")
-                end = time.monotonic() + seconds
-                while time.monotonic() < end:
-                    time.sleep(0.05)
+                while not asked:
+                    time.sleep(0.02)
+                time.sleep(seconds)
             finally:
                 os._exit(0)
         children.append(child)

@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader
 
 from medxray.data.duplicates import COEFFICIENTS, Coefficients, coefficients, copies, correlate, hashes
 from medxray.data.images import ImageHeader, read_header, read_image
+from medxray.data.loading import end_unanswered
 from medxray.data.prepare import cores
 from medxray.data.readers import READERS, Reader
 from medxray.data.seeds import seed_of
@@ -482,7 +483,9 @@ def _in_order(
     with warnings.catch_warnings():
         # More processes than cores are the user's choice.
         warnings.filterwarnings("ignore", "This DataLoader will create")
-        loader: Any = iter(DataLoader(chunks, batch_size=None, num_workers=own, collate_fn=_as_it_is))
+        loader: Any = iter(
+            DataLoader(chunks, batch_size=None, num_workers=own, collate_fn=_as_it_is, worker_init_fn=end_unanswered)
+        )
     with progress_bar(total=len(items), desc=what, unit="image", disable=not progress or not items) as bar:
         try:
             for chunk in loader:

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import math
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -316,6 +317,14 @@ def loading() -> Iterator[None]:
         if str(error).startswith("Caught ") and is_out_of_memory(error):
             raise RunError(f"a process that reads images is out of memory; {cure}") from error
         raise
+
+
+def end_unanswered(worker: int) -> None:
+    """Has a loading process (`worker_init_fn` of a DataLoader) end when it cannot send what it has read, as without memory: its
+    queue would drop that, and whoever waits for it would wait for ever."""
+    from multiprocessing.queues import Queue
+
+    Queue._on_queue_feeder_error = staticmethod(lambda error, batch: os._exit(1))  # type: ignore[attr-defined]
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -5,6 +5,7 @@ beside its place, flushed and renamed, so that it is there whole or not at all; 
 needs to go on. So a run's bytes are the same however many processes or machines made it, and however often it was killed.
 """
 
+import _thread
 import contextlib
 import errno
 import hashlib
@@ -14,7 +15,6 @@ import os
 import shutil
 import signal
 import struct
-import threading
 import uuid
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -732,7 +732,8 @@ def _enlist(job: _Job, counted: Any, stop: Any) -> None:
         parent.join()
         os._exit(1)
 
-    threading.Thread(target=follow, daemon=True).start()
+    # A `threading.Thread` would wait for its beginning, which never comes where there is no memory.
+    _thread.start_new_thread(follow, ())
 
 
 def _serve(name: str, studies: list[Study], stamps: str) -> "Record | DataError":

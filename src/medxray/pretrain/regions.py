@@ -22,7 +22,7 @@ from medxray import disk
 from medxray.cache import cache_folder
 from medxray.data import StudyImages
 from medxray.data.images import MAX_PIXELS, read_image
-from medxray.data.loading import loading
+from medxray.data.loading import end_unanswered, loading
 from medxray.pretrain import SEGMENTERS, Region, Segmenter, SegmenterSettings, Source
 from medxray.progress import progress_bar
 from medxray.types import ImageError, RunError, SpecError
@@ -182,7 +182,8 @@ class Contours:
         known = _load(folder, jobs, stamps)
         looked.names = [name for name in jobs if name not in known]
         if looked.names:
-            loader: Any = DataLoader(looked, batch_size=None, num_workers=min(workers, len(looked.names)))
+            own = min(workers, len(looked.names))
+            loader: Any = DataLoader(looked, batch_size=None, num_workers=own, worker_init_fn=end_unanswered)
             store = _Store(folder)
             try:
                 with loading():
