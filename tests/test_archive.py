@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -213,16 +214,24 @@ def test_memory_that_ran_out_is_told(
     assert contents(tmp_path / "out") == contents(unbroken)
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
-def test_a_full_disk_is_told(
+def test_a_disk_that_takes_no_more_is_told(
     pipeline: Pipeline, source: Path, unbroken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    own, count = parquet.write_table, iter(range(9))
+    own, count, limits = parquet.write_table, iter(range(9)), resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def write(*arguments: Any, **options: Any) -> None:
+        # The system then lets no file grow, halfway through the second part.
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000 if next(count) else limits[0], limits[1]))
+        try:
+            own(*arguments, **options)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
     with monkeypatch.context() as patch:
-        patch.setattr(parquet, "write_table", lambda rows, where, **o: own(rows, "/dev/full" if next(count) else where, **o))
-        with pytest.raises(RunError, match=r"cannot be written \(No space left on device\).*kept"):
+        patch.setattr(parquet, "write_table", write)
+        with pytest.raises(RunError, match=r"cannot be written \(File too large\).*kept"):
             predict(pipeline, source, tmp_path / "out")
-    assert list(parts(tmp_path / "out")) == ["part-00000.parquet"]
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"_archive.json", "part-00000.parquet"}
     predict(pipeline, source, tmp_path / "out")
     assert contents(tmp_path / "out") == contents(unbroken)
 
@@ -629,7 +638,8 @@ def test_a_killed_command_on_ray_goes_on(pipeline: Pipeline, source: Path, unbro
     """The driver alone is killed: its cluster ends with it, and what it had written is whole."""
     out = tmp_path / "out"
     command = command_of(pipeline, source, out, "--engine", "ray", "--ray", "local", "--workers", "1")
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    # A cluster that ends tells its whole group.
+    process = subprocess.Popen(command, start_new_session=True, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     wait(lambda: len(list(out.glob("part*"))) >= 1, process)
     # Ray's agents, which hold nothing of an archive, find out late.
     children = [child for child in psutil.Process(process.pid).children(recursive=True) if "Agent" not in child.name()]
@@ -639,5 +649,5 @@ def test_a_killed_command_on_ray_goes_on(pipeline: Pipeline, source: Path, unbro
     assert children and not alive
     kept = parts(out)
     assert kept and kept.items() <= parts(unbroken).items()
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(command, check=True, start_new_session=True, stdout=subprocess.DEVNULL)
     assert contents(out) == contents(unbroken)

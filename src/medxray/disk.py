@@ -145,10 +145,11 @@ def lock(file: IO[str]) -> bool:
     try:
         import fcntl
 
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # A process's own: those that it has forked do not hold it on after a kill, as they would a flock.
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except ImportError:
         return True
-    except BlockingIOError:
+    except (BlockingIOError, PermissionError):
         return False
     except OSError as error:
         if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):

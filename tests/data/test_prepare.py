@@ -812,8 +812,13 @@ def test_a_folder_without_rights(source: Path, tmp_path: Path) -> None:
 
 def test_two_runs_do_not_write_to_one_folder(source: Path, unbroken: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    with prepare._held(out), pytest.raises(DataError, match="another run writes"):
+    code = "import sys; from pathlib import Path; from medxray.data import prepare\n"
+    code += "with prepare._held(Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()"
+    other = subprocess.Popen([sys.executable, "-c", code, str(out)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert other.stdout is not None and other.stdout.readline() == "held\n"
+    with pytest.raises(DataError, match="another run writes"):
         write(source, out)
+    other.communicate()
     assert not out.exists()
     write(source, out)
     assert sums(out) == sums(unbroken)
