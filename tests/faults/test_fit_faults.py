@@ -365,6 +365,20 @@ def test_a_damaged_log_is_cut_where_a_run_goes_on(how: str, child: Any, spec: Sp
     assert not (run / "scores.json").exists()
 
 
+def test_killed_with_loading_processes_and_started_at_once(child: Any, spec: Spec, same_as: Any, tmp_path: Path) -> None:
+    """Those outlive it by some seconds, and do not hold the folder against the next fit."""
+    run = tmp_path / "run"
+    settings = spec(run, data={"workers": 2})
+
+    def killed() -> Any:
+        with pytest.MonkeyPatch.context() as patch:
+            at_step(patch, 5, lambda: os.kill(os.getpid(), signal.SIGKILL))
+            return fit(settings)
+
+    assert child(killed).how == "killed"
+    assert child(lambda: fit(settings)).how == "done" and same_as(run)
+
+
 @pytest.mark.slow
 def test_killed_at_random_moments_with_loading_processes(child: Any, spec: Spec, same_as: Any, tmp_path: Path) -> None:
     """Twenty kills of a fit that reads by two processes; none of them outlives it, and the end is the same."""

@@ -185,16 +185,16 @@ class Contours:
             own = min(workers, len(looked.names))
             loader: Any = DataLoader(looked, batch_size=None, num_workers=own, worker_init_fn=end_unanswered)
             store = _Store(folder)
-            try:
-                with loading():
+            with loading():
+                try:
                     for entry, mask in progress_bar(
                         loader, desc="contours", total=len(looked.names), disable=not progress, unit="image"
                     ):
                         if not entry.stamp and images.spec.on_error == "raise":
                             raise ImageError(entry.reason)
                         store.add(entry._replace(stamp=entry.stamp and stamps[entry.image]), mask)
-            finally:
-                store.flush()
+                finally:
+                    store.flush()
             known |= store.places
         regions = Regions(
             {name: known[name][:2] for name in jobs}, {name: known[name][2] for name in jobs}
